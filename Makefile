@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: GPL-2.0
+#
+# Every target is a script of the same name in scripts/, which can be run by
+# itself and explains itself with --help.  "make help" lists the targets.
+
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+S := ./scripts
+
+# Options of run, shell, kernel: DEBUG=1 takes the debug kernel, ICOUNT=1 counts
+# instructions instead of time, BASE=1 takes the unpatched kernel.
+run-options = $(if $(BASE),--base) $(if $(DEBUG),--debug) $(if $(ICOUNT),--icount) $(OPTIONS)
+# LINUX= and KERNEL_TARBALL= go to scripts/fetch through the environment.
+export LINUX KERNEL_TARBALL JOBS GMEM_CACHE
+
+##@ Use it
+.PHONY: demo test run shell
+demo: kernel ## boot the patched kernel and show a VM on 1 GiB HugeTLB pages
+	@$S/demo
+test: kernel ## run all tests on the patched kernel (FILTER=glob for some)
+	@$S/test $(if $(FILTER),--filter '$(FILTER)')
+run: need-cmd run-kernel ## boot and run CMD='static-binary args' (DEBUG=1 ICOUNT=1 BASE=1 OPTIONS='--mem 8G')
+	@$S/run $(run-options) -- $(CMD)
+shell: run-kernel ## the same with an interactive shell (DEBUG=1 ICOUNT=1 BASE=1)
+	@$S/run $(run-options) --shell
+
+# The kernel that the options ask for.
+.PHONY: run-kernel need-cmd
+need-cmd:
+	@$(if $(CMD),:,echo "usage: make run CMD='program arguments'" >&2; exit 2)
+run-kernel: keep-tree
+	@$S/kernel $(if $(BASE),--base) $(if $(DEBUG),--debug) >/dev/null
+
+##@ Set up
+.PHONY: deps fetch tree kernel kernel-debug
+deps: ## install the Debian packages that are missing (root), or print the command
+	@$S/deps
+fetch: deps ## get the base kernel sources into the cache (or LINUX=tree, KERNEL_TARBALL=file)
+	@$S/fetch >/dev/null
+tree: fetch ## make build/linux: the base, and one commit a patch
+	@$S/tree
+# To build is no reason to refuse work in progress.
+.PHONY: keep-tree
+keep-tree: fetch
+	@$S/tree --keep
+kernel: keep-tree ## build the kernel that the tests run on
+	@$S/kernel
+kernel-debug: keep-tree ## build the debug kernel: KASAN, lockdep, kmemleak and more
+	@$S/kernel --debug
+
+##@ Work on the series
+.PHONY: export check check-full series git-am-check
+export: ## rewrite patches/ and the in-tree files from build/linux
+	@$S/export
+check: ## quick consistency check of the repository; no kernel tree needed
+	@$S/check
+check-full: keep-tree ## apply, export and compare; checkpatch, kernel-doc, sparse, W=1
+	@$S/check-full
+series: keep-tree ## build every commit, and the end of the series in many configurations
+	@$S/series
+git-am-check: fetch ## apply the patches as a distribution does: git am, quilt push
+	@$S/git-am-check
+
+##@ Test more
+.PHONY: test-debug bench baseline
+test-debug: kernel-debug ## run all tests on the debug kernel (FILTER=glob for some)
+	@$S/test --debug $(if $(FILTER),--filter '$(FILTER)')
+bench: kernel ## count the instructions that the work costs, against the base
+	@$S/bench
+baseline: keep-tree ## run the existing tests on the unpatched base, write tests/baseline
+	@$S/baseline
+
+##@ Tidy up
+.PHONY: clean help
+clean: ## remove build/ (refuses to throw away work that is not exported)
+	@$S/tree --clean
+help: ## show this
+	@awk 'BEGIN { FS = ":[^#]*## " } \
+		/^##@/ { print "\n" substr($$0, 5) ":" } \
+		/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
