@@ -1,0 +1,490 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * guest_memfd files on HugeTLB pages and what is around them: the cgroups that
+ * are charged for the pages, pools that change size and NUMA policies.
+ */
+#include <fcntl.h>
+#include <sched.h>
+
+#include <sys/mount.h>
+
+#include <linux/falloc.h>
+#include <linux/kvm.h>
+#include <linux/sizes.h>
+
+#include "kvm_test_harness.h"
+#include "cgroup_util.h"
+#include "hugetlb_util.h"
+#include "kvm_util.h"
+#include "numaif.h"
+#include "test_util.h"
+
+#define PUNCH_HOLE		(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
+#define ALLOCATE		FALLOC_FL_KEEP_SIZE
+
+/* Clearing 1 GiB takes seconds on an emulated machine. */
+#define SLOW			300
+
+static struct kvm_vm *create_private_vm(void)
+{
+	return vm_create_barebones_type(KVM_X86_SW_PROTECTED_VM);
+}
+
+/*
+ * In a cgroup of its own, which goes away whatever becomes of the test.
+ */
+FIXTURE(cgroup)
+{
+	struct kvm_vm *vm;
+	size_t page_size;
+	bool accounting;
+	struct hugetlb_counters before;
+};
+
+FIXTURE_VARIANT(cgroup)
+{
+	size_t page_size;
+};
+
+FIXTURE_VARIANT_ADD(cgroup, 2m) { .page_size = SZ_2M, };
+FIXTURE_VARIANT_ADD(cgroup, 1g) { .page_size = SZ_1G, };
+
+#define CGROUP_MOUNT	"/sys/fs/cgroup"
+
+/* memory_hugetlb_accounting is an option of all mounts together. */
+static void set_hugetlb_accounting(bool on)
+{
+	TEST_ASSERT(!mount(NULL, CGROUP_MOUNT, NULL, MS_REMOUNT,
+			   on ? "memory_hugetlb_accounting" : NULL),
+		    "Can't remount " CGROUP_MOUNT);
+}
+
+static bool get_hugetlb_accounting(void)
+{
+	char line[512];
+	bool on = false;
+	FILE *f;
+
+	f = fopen("/proc/self/mounts", "r");
+	TEST_ASSERT(f, "Can't read /proc/self/mounts");
+	while (fgets(line, sizeof(line), f))
+		if (strstr(line, " cgroup2 "))
+			on |= !!strstr(line, "memory_hugetlb_accounting");
+	fclose(f);
+	return on;
+}
+
+FIXTURE_SETUP(cgroup)
+{
+	const char *reason = gmem_unavailable(variant->page_size);
+
+	if (reason)
+		SKIP(return, "%s", reason);
+
+	if (access(CGROUP_MOUNT "/cgroup.controllers", R_OK))
+		SKIP(return, "no cgroup2 at " CGROUP_MOUNT);
+
+	self->accounting = get_hugetlb_accounting();
+	if (!hugetlb_cgroup_enter("gmem_test"))
+		SKIP(return, "no hugetlb controller in " CGROUP_MOUNT);
+
+	self->vm = create_private_vm();
+	self->page_size = variant->page_size;
+	hugetlb_get(self->page_size, &self->before);
+}
+
+/* In the parent: it outlives a failed test, and isn't in the cgroup. */
+FIXTURE_TEARDOWN_PARENT(cgroup)
+{
+	rmdir(CGROUP_MOUNT "/gmem_test");
+	if (get_hugetlb_accounting() != self->accounting)
+		set_hugetlb_accounting(self->accounting);
+}
+
+TEST_F_TIMEOUT(cgroup, reservation_is_charged, SLOW)
+{
+	long page = self->page_size;
+	int fd;
+
+	fd = vm_create_guest_memfd(self->vm, 2 * page, gmem_flags(page));
+	EXPECT_EQ(2 * page, hugetlb_cgroup_read(page, "rsvd.current"));
+	EXPECT_EQ(0, hugetlb_cgroup_read(page, "current"));
+	kvm_close(fd);
+	hugetlb_expect_released(&self->before, "closed");
+	EXPECT_EQ(0, hugetlb_cgroup_read(page, "rsvd.current"));
+}
+
+TEST_F_TIMEOUT(cgroup, reservation_limit_is_kept, SLOW)
+{
+	long page = self->page_size;
+	char limit[24];
+	int fd;
+
+	snprintf(limit, sizeof(limit), "%ld", page);
+	hugetlb_cgroup_write(page, "rsvd.max", limit);
+	gmem_expect_full(self->vm, page, 2, "more than rsvd.max");
+	fd = vm_create_guest_memfd(self->vm, page, gmem_flags(page));
+	gmem_expect_full(self->vm, page, 1, "rsvd.max reached");
+	kvm_close(fd);
+	hugetlb_expect_released(&self->before, "closed");
+	fd = vm_create_guest_memfd(self->vm, page, gmem_flags(page));
+	kvm_close(fd);
+	hugetlb_expect_released(&self->before, "closed again");
+}
+
+TEST_F_TIMEOUT(cgroup, pool_too_small_leaves_nothing_charged, SLOW)
+{
+	gmem_expect_full(self->vm, self->page_size,
+			 hugetlb_available(self->page_size) + 1,
+			 "one page too many, in a cgroup");
+}
+
+TEST_F_TIMEOUT(cgroup, use_limit_is_kept, SLOW)
+{
+	long page = self->page_size;
+	int fd, r;
+
+	hugetlb_cgroup_write(page, "max", "0");
+	fd = vm_create_guest_memfd(self->vm, 2 * page, gmem_flags(page));
+	r = fallocate(fd, ALLOCATE, 0, page);
+	EXPECT_TRUE(r < 0 && gmem_is_full(errno)) {
+		TH_LOG("fallocate() returned %d, errno %d (%s)", r, errno, strerror(errno));
+	}
+	hugetlb_expect(&self->before, 0, 2, "use refused by the cgroup");
+	EXPECT_EQ(0, gmem_blocks(fd));
+
+	if (page < SZ_1G) {
+		hugetlb_cgroup_write(page, "max", "max");
+		kvm_fallocate(fd, ALLOCATE, 0, page);
+		hugetlb_expect(&self->before, -1, 1, "used after the limit was raised");
+	}
+	kvm_close(fd);
+	hugetlb_expect_released(&self->before, "closed");
+}
+
+/* Removing a cgroup waits for nobody: what is charged moves to the parent. */
+static long wait_for_dying_cgroups(long nr)
+{
+	return cg_read_key_long_poll(CGROUP_MOUNT, "cgroup.stat",
+				     "nr_dying_subsys_hugetlb ", nr, 100,
+				     DEFAULT_WAIT_INTERVAL_US);
+}
+
+TEST_F_TIMEOUT(cgroup, cgroup_can_go_before_its_pages, SLOW)
+{
+	long page = self->page_size;
+	int fd;
+
+	/* Those of other tests may still be on their way. */
+	ASSERT_EQ(0, wait_for_dying_cgroups(0));
+
+	fd = vm_create_guest_memfd(self->vm, 2 * page, gmem_flags(page));
+	kvm_fallocate(fd, ALLOCATE, 0, page);
+
+	/*
+	 * Going offline happens in a worker, must come to an end, and takes
+	 * the charge for the page along.  The charge for the reservation keeps
+	 * the cgroup until the file is closed.
+	 */
+	hugetlb_cgroup_leave();
+	ASSERT_EQ(0, hugetlb_cgroup_remove());
+	ASSERT_EQ(1, wait_for_dying_cgroups(1));
+
+	hugetlb_get(page, &self->before);
+	kvm_fallocate(fd, PUNCH_HOLE, 0, page);
+	hugetlb_expect(&self->before, 1, 1, "punched after the cgroup was removed");
+	kvm_close(fd);
+	hugetlb_expect(&self->before, 1, -1, "closed after the cgroup was removed");
+
+	EXPECT_EQ(0, wait_for_dying_cgroups(0)) {
+		TH_LOG("the removed cgroup is still held");
+	}
+}
+
+/* Slab and per-CPU stock come and go in memory.current. */
+#define MEMCG_SLACK	SZ_1M
+
+TEST_F_TIMEOUT(cgroup, memory_is_charged_with_memory_hugetlb_accounting, SLOW)
+{
+	long page = self->page_size, charged;
+	int fd;
+
+	set_hugetlb_accounting(true);
+	hugetlb_get(page, &self->before);
+	ASSERT_EQ(0, self->before.val[HUGETLB_CG_MEMORY]);
+
+	charged = cg_read_long(hugetlb_cgroup_path(), "memory.current");
+	fd = vm_create_guest_memfd(self->vm, 2 * page, gmem_flags(page));
+	kvm_fallocate(fd, ALLOCATE, 0, page);
+	charged = cg_read_long(hugetlb_cgroup_path(), "memory.current") - charged;
+	EXPECT_LT(labs(charged - page), MEMCG_SLACK) {
+		TH_LOG("memory.current grew by %ld, not by one page", charged);
+	}
+	hugetlb_expect(&self->before, -1, 1, "memory.stat tells of one page");
+
+	charged = cg_read_long(hugetlb_cgroup_path(), "memory.current");
+	kvm_fallocate(fd, PUNCH_HOLE, 0, page);
+	charged -= cg_read_long(hugetlb_cgroup_path(), "memory.current");
+	EXPECT_LT(labs(charged - page), MEMCG_SLACK) {
+		TH_LOG("memory.current fell by %ld, not by one page", charged);
+	}
+	hugetlb_expect(&self->before, 0, 2, "memory.stat tells of the punch");
+	kvm_close(fd);
+	hugetlb_expect_released(&self->before, "closed");
+}
+
+TEST_F_TIMEOUT(cgroup, memory_limit_is_kept_with_memory_hugetlb_accounting, SLOW)
+{
+	long page = self->page_size, limit;
+	int fd, r;
+
+	set_hugetlb_accounting(true);
+	fd = vm_create_guest_memfd(self->vm, page, gmem_flags(page));
+	hugetlb_get(page, &self->before);
+
+	limit = cg_read_long(hugetlb_cgroup_path(), "memory.current") + page / 2;
+	ASSERT_EQ(0, cg_write_numeric(hugetlb_cgroup_path(), "memory.max", limit));
+	r = fallocate(fd, ALLOCATE, 0, page);
+	EXPECT_TRUE(r < 0 && gmem_is_full(errno)) {
+		TH_LOG("fallocate() returned %d, errno %d (%s)", r, errno, strerror(errno));
+	}
+	hugetlb_expect(&self->before, 0, 0, "refused by memory.max");
+	EXPECT_EQ(0, gmem_blocks(fd));
+
+	if (page < SZ_1G) {
+		ASSERT_EQ(0, cg_write(hugetlb_cgroup_path(), "memory.max", "max"));
+		kvm_fallocate(fd, ALLOCATE, 0, page);
+		hugetlb_expect(&self->before, -1, -1, "allocated without a limit");
+	}
+	kvm_close(fd);
+}
+
+TEST_F_TIMEOUT(cgroup, memory_is_not_charged_otherwise, SLOW)
+{
+	long page = self->page_size, charged;
+	int fd;
+
+	if (page == SZ_1G)
+		return;
+
+	set_hugetlb_accounting(false);
+	charged = cg_read_long(hugetlb_cgroup_path(), "memory.current");
+	fd = vm_create_guest_memfd(self->vm, 2 * page, gmem_flags(page));
+	kvm_fallocate(fd, ALLOCATE, 0, 2 * page);
+	charged = cg_read_long(hugetlb_cgroup_path(), "memory.current") - charged;
+	EXPECT_LT(labs(charged), MEMCG_SLACK) {
+		TH_LOG("memory.current changed by %ld", charged);
+	}
+	kvm_close(fd);
+}
+
+/*
+ * The administrator changes the pool under the file.  2 MiB pages only, as
+ * 1 GiB pages that left the pool may not be found again.
+ */
+FIXTURE(pool)
+{
+	struct kvm_vm *vm;
+	struct hugetlb_counters before;
+	int fd;
+};
+
+#define POOL_PAGES	8l
+
+FIXTURE_SETUP(pool)
+{
+	const char *reason = gmem_unavailable(SZ_2M);
+
+	if (reason)
+		SKIP(return, "%s", reason);
+
+	self->vm = create_private_vm();
+	hugetlb_get(SZ_2M, &self->before);
+	self->fd = vm_create_guest_memfd(self->vm, POOL_PAGES * SZ_2M,
+					 gmem_flags(SZ_2M));
+
+	/* What is reserved can't be taken away, it becomes surplus. */
+	hugetlb_write(SZ_2M, "nr_hugepages", 0);
+	ASSERT_EQ(POOL_PAGES, hugetlb_read(SZ_2M, "nr_hugepages"));
+	ASSERT_EQ(POOL_PAGES, hugetlb_read(SZ_2M, "resv_hugepages"));
+}
+
+FIXTURE_TEARDOWN(pool)
+{
+	kvm_vm_free(self->vm);
+	EXPECT_EQ(HUGETLB_POOL_2M, hugetlb_pool_set(SZ_2M, HUGETLB_POOL_2M));
+	hugetlb_expect_released(&self->before, "pool restored");
+}
+
+TEST_F_TIMEOUT(pool, reservation_survives_a_shrunk_pool, SLOW)
+{
+	kvm_fallocate(self->fd, ALLOCATE, 0, POOL_PAGES * SZ_2M);
+	EXPECT_EQ(POOL_PAGES, hugetlb_read(SZ_2M, "nr_hugepages"));
+	EXPECT_EQ(0, hugetlb_read(SZ_2M, "free_hugepages"));
+	EXPECT_EQ(0, hugetlb_read(SZ_2M, "resv_hugepages"));
+
+	kvm_close(self->fd);
+	EXPECT_EQ(0, hugetlb_read(SZ_2M, "nr_hugepages"));
+	EXPECT_EQ(0, hugetlb_read(SZ_2M, "free_hugepages"));
+	EXPECT_EQ(0, hugetlb_read(SZ_2M, "resv_hugepages"));
+	EXPECT_EQ(0, hugetlb_read(SZ_2M, "surplus_hugepages"));
+}
+
+TEST_F_TIMEOUT(pool, shrunk_pool_can_grow_again, SLOW)
+{
+	kvm_fallocate(self->fd, ALLOCATE, 0, SZ_2M);
+	hugetlb_pool_set(SZ_2M, HUGETLB_POOL_2M);
+	hugetlb_expect(&self->before, -1, POOL_PAGES - 1, "pool grown again");
+	kvm_close(self->fd);
+}
+
+TEST_F_TIMEOUT(pool, unused_reservation_of_a_shrunk_pool_goes_at_close, SLOW)
+{
+	kvm_close(self->fd);
+	EXPECT_EQ(0, hugetlb_read(SZ_2M, "nr_hugepages"));
+	EXPECT_EQ(0, hugetlb_read(SZ_2M, "resv_hugepages"));
+	EXPECT_EQ(0, hugetlb_read(SZ_2M, "surplus_hugepages"));
+}
+
+/* A punch gives the page back to the file's reservation, not to the system. */
+TEST_F_TIMEOUT(pool, punch_keeps_the_reservation_of_a_shrunk_pool, SLOW)
+{
+	kvm_fallocate(self->fd, ALLOCATE, 0, POOL_PAGES * SZ_2M);
+	kvm_fallocate(self->fd, PUNCH_HOLE, 0, POOL_PAGES * SZ_2M);
+	EXPECT_EQ(POOL_PAGES, hugetlb_read(SZ_2M, "resv_hugepages"));
+	EXPECT_EQ(POOL_PAGES, hugetlb_read(SZ_2M, "free_hugepages"));
+	EXPECT_EQ(0, fallocate(self->fd, ALLOCATE, 0, POOL_PAGES * SZ_2M)) {
+		TH_LOG("the reserved pages are gone: errno %d (%s)", errno, strerror(errno));
+	}
+	kvm_close(self->fd);
+}
+
+/*
+ * Two nodes, and memory that comes from where the task's policy says.
+ */
+#define NUMA_PAGES	8l
+
+FIXTURE(numa)
+{
+	struct kvm_vm *vm;
+	struct hugetlb_counters before;
+	int fd;
+};
+
+FIXTURE_SETUP(numa)
+{
+	const char *reason = gmem_unavailable(SZ_2M);
+
+	if (reason)
+		SKIP(return, "%s", reason);
+	if (!hugetlb_has_node(SZ_2M, 1))
+		SKIP(return, "needs two NUMA nodes");
+
+	hugetlb_write_node(SZ_2M, 0, "nr_hugepages", NUMA_PAGES);
+	hugetlb_write_node(SZ_2M, 1, "nr_hugepages", NUMA_PAGES);
+	self->vm = create_private_vm();
+	hugetlb_get(SZ_2M, &self->before);
+	self->fd = vm_create_guest_memfd(self->vm, NUMA_PAGES * SZ_2M,
+					 gmem_flags(SZ_2M));
+}
+
+FIXTURE_TEARDOWN(numa)
+{
+	kvm_set_mempolicy(MPOL_DEFAULT, NULL, 0);
+	kvm_vm_free(self->vm);
+	kvm_close(self->fd);
+	hugetlb_expect_released(&self->before, "everything closed");
+}
+
+static void set_policy(int mode, unsigned long nodes)
+{
+	kvm_set_mempolicy(mode, &nodes, BITS_PER_TYPE(nodes));
+}
+
+static long node_free(int nid)
+{
+	return hugetlb_read_node(SZ_2M, nid, "free_hugepages");
+}
+
+TEST_F_TIMEOUT(numa, bound_to_each_node, SLOW)
+{
+	int nid;
+
+	for (nid = 0; nid < 2; nid++) {
+		set_policy(MPOL_BIND, 1 << nid);
+		kvm_fallocate(self->fd, ALLOCATE, nid * SZ_4M, SZ_4M);
+		EXPECT_EQ(NUMA_PAGES - 2, node_free(nid));
+	}
+	hugetlb_expect(&self->before, -4, NUMA_PAGES - 4, "two pages on each node");
+}
+
+TEST_F_TIMEOUT(numa, interleaved, SLOW)
+{
+	set_policy(MPOL_INTERLEAVE, 3);
+	kvm_fallocate(self->fd, ALLOCATE, 0, 4 * SZ_2M);
+	EXPECT_EQ(NUMA_PAGES - 2, node_free(0));
+	EXPECT_EQ(NUMA_PAGES - 2, node_free(1));
+}
+
+TEST_F_TIMEOUT(numa, bound_to_both_takes_what_either_has, SLOW)
+{
+	/* The file's pages are reserved, but not where. */
+	hugetlb_write_node(SZ_2M, 0, "nr_hugepages", 0);
+	EXPECT_EQ(NUMA_PAGES, node_free(1));
+
+	set_policy(MPOL_BIND, 3);
+	kvm_fallocate(self->fd, ALLOCATE, 0, NUMA_PAGES * SZ_2M);
+	EXPECT_EQ(0, node_free(1));
+	hugetlb_write_node(SZ_2M, 0, "nr_hugepages", NUMA_PAGES);
+}
+
+TEST_F_TIMEOUT(numa, preferred_node_may_be_empty, SLOW)
+{
+	hugetlb_write_node(SZ_2M, 1, "nr_hugepages", 0);
+	set_policy(MPOL_PREFERRED, 2);
+	kvm_fallocate(self->fd, ALLOCATE, 0, SZ_2M);
+	EXPECT_EQ(NUMA_PAGES - 1, node_free(0));
+	hugetlb_write_node(SZ_2M, 1, "nr_hugepages", NUMA_PAGES);
+}
+
+TEST_F_TIMEOUT(numa, surplus_is_never_allocated, SLOW)
+{
+	int nid, fd, r;
+
+	for (nid = 0; nid < 2; nid++) {
+		hugetlb_write_node(SZ_2M, nid, "nr_hugepages", 0);
+		hugetlb_write(SZ_2M, "nr_overcommit_hugepages", 1000);
+
+		set_policy(MPOL_BIND, 1 << nid);
+		r = fallocate(self->fd, ALLOCATE, 0, SZ_2M);
+		EXPECT_TRUE(r < 0 && gmem_is_full(errno)) {
+			TH_LOG("node %d is empty, but fallocate() returned %d, errno %d (%s)",
+			       nid, r, errno, strerror(errno));
+		}
+		EXPECT_EQ(0, hugetlb_read(SZ_2M, "surplus_hugepages"));
+		EXPECT_EQ(NUMA_PAGES, hugetlb_read(SZ_2M, "resv_hugepages"));
+		EXPECT_EQ(NUMA_PAGES, hugetlb_read(SZ_2M, "free_hugepages"));
+		EXPECT_EQ(0, gmem_blocks(self->fd));
+
+		/* A memfd would have had one, where it gets as far. */
+		set_policy(MPOL_DEFAULT, 0);
+		kvm_fallocate(self->fd, ALLOCATE, 0, SZ_2M);
+		kvm_fallocate(self->fd, PUNCH_HOLE, 0, SZ_2M);
+
+		/* Not a page more may be reserved than there are, either. */
+		fd = __vm_create_guest_memfd(self->vm, SZ_2M, gmem_flags(SZ_2M));
+		EXPECT_TRUE(fd < 0 && gmem_is_full(errno));
+		EXPECT_EQ(0, hugetlb_read(SZ_2M, "surplus_hugepages"));
+
+		hugetlb_write(SZ_2M, "nr_overcommit_hugepages", 0);
+		hugetlb_write_node(SZ_2M, nid, "nr_hugepages", NUMA_PAGES);
+	}
+}
+
+int main(int argc, char *argv[])
+{
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM));
+
+	gmem_prepare_pools();
+	return test_harness_run(argc, argv);
+}

@@ -1,0 +1,74 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * VMs whose private memory is a guest_memfd file, and guest code that touches
+ * it on command.
+ */
+#ifndef SELFTEST_KVM_GMEM_GUEST_H
+#define SELFTEST_KVM_GMEM_GUEST_H
+
+#include <linux/sizes.h>
+
+#include "hugetlb_util.h"
+#include "kvm_util.h"
+#include "processor.h"
+#include "ucall_common.h"
+
+/* What the guest can address beside its own code, data and page tables. */
+#define GMEM_GPA		SZ_4G
+#define GMEM_WINDOW		(8ull * SZ_1G)
+#define GMEM_SLOT		10
+#define GMEM_MAX_VCPUS		2
+
+enum gmem_op {
+	GMEM_READ,		/* one word every stride bytes */
+	GMEM_WRITE,		/* value + offset in the range */
+	GMEM_CHECK,		/* ... is still there */
+	GMEM_CHECK_ZERO,
+	GMEM_EXEC,		/* call gpa, where GMEM_WRITE put a RET */
+	GMEM_CALL,		/* a function of the test */
+};
+
+struct gmem_command {
+	u64 op;
+	gpa_t gpa;
+	u64 size;
+	u64 stride;
+	u64 value;
+	void (*fn)(u64 a, u64 b, u64 c, u64 d);
+	u64 args[4];
+};
+
+/* Every 4 KiB page of the range, for strides that needn't be finer. */
+#define GMEM_EVERY_4K		SZ_4K
+
+/*
+ * A VM with private memory and @nr_vcpus vCPUs that wait for commands.  The
+ * window is mapped 1:1 by the largest guest pages there are, so that the
+ * guest's own page tables set no limit.
+ */
+struct kvm_vm *gmem_vm_create(int nr_vcpus, struct kvm_vcpu *vcpus[]);
+
+/* Bind [offset, offset + size) of the file at @gpa, private. */
+void gmem_add_slot(struct kvm_vm *vm, u32 slot, gpa_t gpa, u64 size, int fd,
+		   u64 offset);
+void gmem_delete_slot(struct kvm_vm *vm, u32 slot);
+
+/* Let the guest do it; the second form returns KVM_RUN's error instead. */
+void gmem_guest_do(struct kvm_vcpu *vcpu, enum gmem_op op, gpa_t gpa, u64 size,
+		   u64 stride, u64 value);
+int __gmem_guest_do(struct kvm_vcpu *vcpu, enum gmem_op op, gpa_t gpa, u64 size,
+		    u64 stride, u64 value);
+
+/* The same and any function of the test, at the next gmem_guest_run(). */
+void gmem_guest_set(struct kvm_vcpu *vcpu, enum gmem_op op, gpa_t gpa, u64 size,
+		    u64 stride, u64 value);
+void gmem_guest_set_call(struct kvm_vcpu *vcpu, void *fn, u64 a, u64 b, u64 c,
+			 u64 d);
+
+/*
+ * Run until the command is done or the function says GUEST_SYNC().  Returns
+ * KVM_RUN's error, after which it can be tried again.
+ */
+int gmem_guest_run(struct kvm_vcpu *vcpu);
+
+#endif /* SELFTEST_KVM_GMEM_GUEST_H */

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * VMs whose private memory is a guest_memfd file, and guest code that touches
+ * it on command.
+ */
+#include "gmem_guest.h"
+
+static struct gmem_command commands[GMEM_MAX_VCPUS];
+
+static void guest_do_one(const struct gmem_command *c)
+{
+	u64 offset, want;
+
+	for (offset = 0; offset < c->size; offset += c->stride) {
+		u64 *p = (u64 *)(c->gpa + offset);
+
+		want = c->op == GMEM_CHECK_ZERO ? 0 : c->value + offset;
+
+		switch (c->op) {
+		case GMEM_READ:
+			READ_ONCE(*p);
+			break;
+		case GMEM_WRITE:
+			WRITE_ONCE(*p, want);
+			break;
+		case GMEM_EXEC:
+			((void (*)(void))p)();
+			break;
+		default:
+			__GUEST_ASSERT(READ_ONCE(*p) == want,
+				       "gpa 0x%lx holds 0x%lx, not 0x%lx",
+				       c->gpa + offset, READ_ONCE(*p), want);
+		}
+	}
+}
+
+static void guest_code(u64 id)
+{
+	struct gmem_command c;
+
+	for (;;) {
+		memcpy(&c, &commands[id], sizeof(c));
+		if (c.op == GMEM_CALL)
+			c.fn(c.args[0], c.args[1], c.args[2], c.args[3]);
+		else
+			guest_do_one(&c);
+		GUEST_SYNC(c.op);
+	}
+}
+
+struct kvm_vm *gmem_vm_create(int nr_vcpus, struct kvm_vcpu *vcpus[])
+{
+	const struct vm_shape shape = {
+		.mode = VM_MODE_DEFAULT,
+		.type = KVM_X86_SW_PROTECTED_VM,
+	};
+	struct kvm_vm *vm;
+	int i, level;
+
+	TEST_ASSERT(nr_vcpus <= GMEM_MAX_VCPUS, "Too many vCPUs");
+	vm = __vm_create_with_vcpus(shape, nr_vcpus, 0, guest_code, vcpus);
+
+	level = kvm_cpu_has(X86_FEATURE_GBPAGES) ? PG_LEVEL_1G : PG_LEVEL_2M;
+	virt_map_level(vm, GMEM_GPA, GMEM_GPA, GMEM_WINDOW, level);
+
+	/* One access to nothing, so that the guest's own pages are there. */
+	for (i = 0; i < nr_vcpus; i++) {
+		vcpu_args_set(vcpus[i], 1, (u64)i);
+		gmem_guest_do(vcpus[i], GMEM_READ, GMEM_GPA, 0, SZ_4K, 0);
+	}
+	return vm;
+}
+
+void gmem_add_slot(struct kvm_vm *vm, u32 slot, gpa_t gpa, u64 size, int fd,
+		   u64 offset)
+{
+	vm_set_user_memory_region2(vm, slot, KVM_MEM_GUEST_MEMFD, gpa, size,
+				   NULL, fd, offset);
+	vm_mem_set_private(vm, gpa, size);
+}
+
+void gmem_delete_slot(struct kvm_vm *vm, u32 slot)
+{
+	vm_set_user_memory_region2(vm, slot, KVM_MEM_GUEST_MEMFD, 0, 0, NULL,
+				   -1, 0);
+}
+
+int gmem_guest_run(struct kvm_vcpu *vcpu)
+{
+	struct ucall uc;
+	int r;
+
+	do {
+		r = __vcpu_run(vcpu);
+	} while (r && errno == EINTR);
+	if (r)
+		return -errno;
+
+	switch (get_ucall(vcpu, &uc)) {
+	case UCALL_SYNC:
+		return 0;
+	case UCALL_ABORT:
+		REPORT_GUEST_ASSERT(uc);
+	default:
+		TEST_FAIL("Unexpected exit %u (%s)", vcpu->run->exit_reason,
+			  exit_reason_str(vcpu->run->exit_reason));
+	}
+}
+
+static void set_command(struct kvm_vcpu *vcpu, const struct gmem_command *c)
+{
+	memcpy(addr_gva2hva(vcpu->vm, (gva_t)&commands[vcpu->id]), c, sizeof(*c));
+}
+
+void gmem_guest_set_call(struct kvm_vcpu *vcpu, void *fn, u64 a, u64 b, u64 c,
+			 u64 d)
+{
+	const struct gmem_command cmd = {
+		.op = GMEM_CALL, .fn = fn, .args = { a, b, c, d },
+	};
+
+	set_command(vcpu, &cmd);
+}
+
+void gmem_guest_set(struct kvm_vcpu *vcpu, enum gmem_op op, gpa_t gpa, u64 size,
+		    u64 stride, u64 value)
+{
+	const struct gmem_command cmd = {
+		.op = op, .gpa = gpa, .size = size, .stride = stride,
+		.value = value,
+	};
+
+	set_command(vcpu, &cmd);
+}
+
+int __gmem_guest_do(struct kvm_vcpu *vcpu, enum gmem_op op, gpa_t gpa, u64 size,
+		    u64 stride, u64 value)
+{
+	gmem_guest_set(vcpu, op, gpa, size, stride, value);
+	return gmem_guest_run(vcpu);
+}
+
+void gmem_guest_do(struct kvm_vcpu *vcpu, enum gmem_op op, gpa_t gpa, u64 size,
+		   u64 stride, u64 value)
+{
+	int r = __gmem_guest_do(vcpu, op, gpa, size, stride, value);
+
+	TEST_ASSERT(!r, "KVM_RUN at gpa 0x%lx failed: %s, exit %u (%s), memory fault at 0x%llx",
+		    gpa, strerror(-r), vcpu->run->exit_reason,
+		    exit_reason_str(vcpu->run->exit_reason),
+		    vcpu->run->memory_fault.gpa);
+}

@@ -1,0 +1,446 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Let every allocation fail once that a guest_memfd file needs in its life:
+ * creation, binding, a vCPU's fault, fallocate() and release.  After each
+ * failure nothing may have leaked, and a second try must succeed.
+ *
+ * Best run with panic_on_warn=1, and on a kernel with kmemleak.
+ */
+#include <dirent.h>
+#include <fcntl.h>
+
+#include <linux/falloc.h>
+#include <linux/kvm.h>
+#include <linux/sizes.h>
+
+#include "kvm_test_harness.h"
+#include "gmem_guest.h"
+#include "hugetlb_util.h"
+#include "kvm_util.h"
+#include "test_util.h"
+
+#define ALLOCATE	FALLOC_FL_KEEP_SIZE
+#define PUNCH_HOLE	(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
+
+#define SLOW		300
+#define PATTERN		0x600d600d00000000ull
+
+/* More allocations than this in one call are more likely a mistake here. */
+#define MAX_NTH		1000
+
+#define DEBUGFS		"/sys/kernel/debug"
+
+static bool write_setting(const char *file, const char *val)
+{
+	char path[128];
+	bool ok;
+	int fd;
+
+	snprintf(path, sizeof(path), DEBUGFS "/%s", file);
+	fd = open(path, O_WRONLY);
+	if (fd < 0)
+		return false;
+	ok = write(fd, val, strlen(val)) == strlen(val);
+	close(fd);
+	return ok;
+}
+
+/* fail-nth needs neither a probability nor an interval. */
+static bool set_up_fault_injection(void)
+{
+	/* Every allocation, also those that may sleep and of single pages. */
+	return write_setting("failslab/ignore-gfp-wait", "N") &&
+	       write_setting("failslab/verbose", "0") &&
+	       write_setting("fail_page_alloc/ignore-gfp-wait", "N") &&
+	       write_setting("fail_page_alloc/ignore-gfp-highmem", "N") &&
+	       write_setting("fail_page_alloc/min-order", "0") &&
+	       write_setting("fail_page_alloc/verbose", "0") &&
+	       (write_setting("fail_usercopy/verbose", "0") || errno == ENOENT);
+}
+
+static int open_fail_nth(void)
+{
+	char path[64];
+
+	snprintf(path, sizeof(path), "/proc/self/task/%d/fail-nth", kvm_gettid());
+	return open(path, O_RDWR);
+}
+
+struct nth_test {
+	struct kvm_vm *vm;
+	struct kvm_vcpu *vcpu;
+	size_t page_size;
+	int fd;
+	int nth_fd;
+	long injected, failed;
+	struct hugetlb_counters before;
+};
+
+FIXTURE(fail_nth)
+{
+	struct nth_test t;
+};
+
+FIXTURE_VARIANT(fail_nth)
+{
+	size_t page_size;
+};
+
+FIXTURE_VARIANT_ADD(fail_nth, 4k) { .page_size = SZ_4K, };
+FIXTURE_VARIANT_ADD(fail_nth, 2m) { .page_size = SZ_2M, };
+FIXTURE_VARIANT_ADD(fail_nth, 1g) { .page_size = SZ_1G, };
+
+FIXTURE_SETUP(fail_nth)
+{
+	const char *reason = gmem_unavailable(variant->page_size);
+
+	if (reason)
+		SKIP(return, "%s", reason);
+
+	self->t.nth_fd = open_fail_nth();
+	if (self->t.nth_fd < 0 || !set_up_fault_injection())
+		SKIP(return, "no CONFIG_FAILSLAB, CONFIG_FAIL_PAGE_ALLOC or debugfs");
+
+	self->t.page_size = variant->page_size;
+	self->t.fd = -1;
+	hugetlb_get(self->t.page_size, &self->t.before);
+}
+
+FIXTURE_TEARDOWN(fail_nth)
+{
+	close(self->t.nth_fd);
+}
+
+static void start_nth(struct nth_test *self, int nth)
+{
+	char buf[16];
+	int len = snprintf(buf, sizeof(buf), "%d", nth);
+
+	TEST_ASSERT_EQ(pwrite(self->nth_fd, buf, len, 0), len);
+}
+
+/*
+ * Returns whether the failure was injected.  Reading and writing the file
+ * copies from and to user space, which may be what fails; then the call under
+ * test had been through already.
+ */
+static bool stop_nth(struct nth_test *self)
+{
+	char buf[16] = {};
+	bool injected;
+
+	injected = pread(self->nth_fd, buf, sizeof(buf) - 1, 0) > 0 &&
+		   atoi(buf) == 0;
+	if (pwrite(self->nth_fd, "0", 1, 0) != 1) {
+		injected = false;
+		TEST_ASSERT_EQ(pwrite(self->nth_fd, "0", 1, 0), 1);
+	}
+	return injected;
+}
+
+/* The steps of a file's life, each with what it takes to undo it. */
+
+static long file_pages(size_t page_size)
+{
+	return page_size == SZ_1G ? 1 : 2;
+}
+
+static int create(struct nth_test *self)
+{
+	self->fd = __vm_create_guest_memfd(self->vm, file_pages(self->page_size) *
+					   self->page_size,
+					   gmem_flags(self->page_size));
+	return self->fd < 0 ? -1 : 0;
+}
+
+/* Not by the library's function, which asks KVM for more than that. */
+static int bind_slot(struct nth_test *self)
+{
+	const struct kvm_userspace_memory_region2 region = {
+		.slot = GMEM_SLOT,
+		.flags = KVM_MEM_GUEST_MEMFD,
+		.guest_phys_addr = GMEM_GPA,
+		.memory_size = file_pages(self->page_size) * self->page_size,
+		.guest_memfd = self->fd,
+	};
+
+	return ioctl(self->vm->fd, KVM_SET_USER_MEMORY_REGION2, &region);
+}
+
+/* The command is there already, this is KVM_RUN alone. */
+static int fault(struct nth_test *self)
+{
+	return ioctl(self->vcpu->fd, KVM_RUN, NULL);
+}
+
+static int allocate(struct nth_test *self)
+{
+	return fallocate(self->fd, ALLOCATE, 0, self->page_size);
+}
+
+static int punch(struct nth_test *self)
+{
+	return fallocate(self->fd, PUNCH_HOLE, 0, self->page_size);
+}
+
+static int release(struct nth_test *self)
+{
+	int fd = self->fd;
+
+	self->fd = -1;
+	return close(fd);
+}
+
+struct sweep {
+	const char *name;
+	int (*step)(struct nth_test *self);
+	/* Whether a file, a slot and memory are there before. */
+	bool file, slot, memory;
+	/* What the step adds, in pages. */
+	int free, resv;
+};
+
+static void check_counters(struct nth_test *self, const struct sweep *s,
+			   bool done, const char *what, int nth)
+{
+	long nr = file_pages(self->page_size);
+	long free = 0, resv = 0;
+
+	if (s->file)
+		resv += nr;
+	if (s->memory) {
+		resv--;
+		free--;
+	}
+	if (done) {
+		resv += s->resv;
+		free += s->free;
+	}
+	hugetlb_expect(&self->before, free, resv, "%s, %s %d", s->name, what, nth);
+}
+
+static void set_stage(struct nth_test *self, const struct sweep *s)
+{
+	hugetlb_get(self->page_size, &self->before);
+	self->vm = gmem_vm_create(1, &self->vcpu);
+	vm_mem_set_private(self->vm, GMEM_GPA, SZ_4M);
+	if (s->file)
+		TEST_ASSERT(!create(self), "Can't create a file");
+	if (s->slot)
+		TEST_ASSERT(!bind_slot(self), "Can't bind the file");
+	if (s->memory)
+		kvm_fallocate(self->fd, ALLOCATE, 0, self->page_size);
+	gmem_guest_set(self->vcpu, GMEM_WRITE, GMEM_GPA + SZ_4K, 8, 8, PATTERN);
+}
+
+/*
+ * Fail the first allocation, then the second, ..., until the step needs fewer.
+ * A step may also get along without the allocation that failed.
+ */
+static void sweep(struct nth_test *self, const struct sweep *s)
+{
+	bool injected;
+	int nth, r, err;
+
+	for (nth = 1; nth < MAX_NTH; nth++) {
+		set_stage(self, s);
+		check_counters(self, s, false, "before failure", nth);
+
+		start_nth(self, nth);
+		r = s->step(self);
+		err = errno;
+		injected = stop_nth(self);
+
+		self->injected += injected;
+		if (r) {
+			self->failed++;
+			TEST_ASSERT(injected, "%s failed without a reason: errno %d (%s)",
+				    s->name, err, strerror(err));
+			/* EFAULT: the copy from or to user space, or of guest memory */
+			TEST_ASSERT(err == ENOMEM || err == EFAULT || err == ENOSPC,
+				    "%s, failure %d: unexpected errno %d (%s)",
+				    s->name, nth, err, strerror(err));
+			check_counters(self, s, false, "after failure", nth);
+
+			TEST_ASSERT(!s->step(self),
+				    "%s, second try after failure %d: errno %d (%s)",
+				    s->name, nth, errno, strerror(errno));
+		}
+		check_counters(self, s, true, "done after failure", nth);
+
+		if (self->fd >= 0)
+			release(self);
+		kvm_vm_free(self->vm);
+		hugetlb_expect_released(&self->before, "%s, closed after failure %d",
+					s->name, nth);
+		if (!injected) {
+			ksft_print_msg("%s: %ld failures injected, %ld reached the caller\n",
+				       s->name, self->injected, self->failed);
+			return;
+		}
+	}
+	TEST_FAIL("%s has no end of allocations", s->name);
+}
+
+TEST_F_TIMEOUT(fail_nth, create, SLOW)
+{
+	const struct sweep s = {
+		.name = "create", .step = create,
+		.resv = file_pages(self->t.page_size),
+	};
+
+	sweep(&self->t, &s);
+	/* Otherwise nothing was tested. */
+	EXPECT_LT(0, self->t.injected);
+}
+
+TEST_F_TIMEOUT(fail_nth, bind, SLOW)
+{
+	const struct sweep s = {
+		.name = "bind", .step = bind_slot, .file = true,
+	};
+
+	sweep(&self->t, &s);
+	EXPECT_LT(0, self->t.injected);
+}
+
+TEST_F_TIMEOUT(fail_nth, fault, SLOW)
+{
+	const struct sweep s = {
+		.name = "fault", .step = fault, .file = true, .slot = true,
+		.free = -1, .resv = -1,
+	};
+
+	/* Each try would clear 1 GiB, on the way that 2 MiB go as well. */
+	if (self->t.page_size == SZ_1G)
+		return;
+
+	sweep(&self->t, &s);
+	EXPECT_LT(0, self->t.injected);
+}
+
+TEST_F_TIMEOUT(fail_nth, fallocate, SLOW)
+{
+	const struct sweep s = {
+		.name = "fallocate", .step = allocate, .file = true,
+		.free = -1, .resv = -1,
+	};
+
+	if (self->t.page_size == SZ_1G)
+		return;
+
+	sweep(&self->t, &s);
+	EXPECT_LT(0, self->t.injected);
+}
+
+/* These have memory or give it back, and are free to need none for it. */
+TEST_F_TIMEOUT(fail_nth, fault_in_what_is_there, SLOW)
+{
+	const struct sweep s = {
+		.name = "fault on allocated memory", .step = fault,
+		.file = true, .slot = true, .memory = true,
+	};
+
+	if (self->t.page_size == SZ_1G)
+		return;
+
+	sweep(&self->t, &s);
+}
+
+TEST_F_TIMEOUT(fail_nth, punch, SLOW)
+{
+	const struct sweep s = {
+		.name = "punch", .step = punch, .file = true, .memory = true,
+		.free = 1, .resv = 1,
+	};
+
+	if (self->t.page_size == SZ_1G)
+		return;
+
+	sweep(&self->t, &s);
+}
+
+TEST_F_TIMEOUT(fail_nth, release, SLOW)
+{
+	const struct sweep s = {
+		.name = "release", .step = release,
+		.file = true, .slot = true, .memory = true,
+		.free = 1, .resv = 1 - file_pages(self->t.page_size),
+	};
+
+	if (self->t.page_size == SZ_1G)
+		return;
+
+	sweep(&self->t, &s);
+	/* close() has nobody to tell. */
+	EXPECT_EQ(0, self->t.failed);
+}
+
+/*
+ * Have the page cache's nodes fail, and them alone, until told otherwise: adding
+ * a page tries twice, so that one failure does not show.
+ */
+static bool set_page_cache_failures(bool on)
+{
+	static const char cache[] = "/sys/kernel/slab/radix_tree_node/failslab";
+	int fd = open(cache, O_WRONLY);
+	bool ok;
+
+	/* Off first, on last: what is in between must not hit others. */
+	if (fd < 0 || !write_setting("failslab/probability", "0"))
+		return false;
+	ok = write(fd, on ? "1" : "0", 1) == 1;
+	close(fd);
+
+	fd = open("/proc/self/make-it-fail", O_WRONLY);
+	ok &= fd >= 0 && write(fd, on ? "1" : "0", 1) == 1;
+	close(fd);
+
+	return ok && write_setting("failslab/cache-filter", on ? "Y" : "N") &&
+	       write_setting("failslab/task-filter", on ? "Y" : "N") &&
+	       write_setting("failslab/interval", "1") &&
+	       write_setting("failslab/times", "-1") &&
+	       (!on || write_setting("failslab/probability", "100"));
+}
+
+/* The page is there, zeroed and charged, but can't be added to the file. */
+TEST_F_TIMEOUT(fail_nth, page_cache_cannot_grow, SLOW)
+{
+	const size_t page_size = self->t.page_size;
+	/* A single page at offset 0 needs no node. */
+	const size_t offset = page_size == SZ_1G ? 0 : page_size;
+	struct nth_test *t = &self->t;
+	int i, r, err;
+
+	t->vm = gmem_vm_create(1, &t->vcpu);
+	ASSERT_EQ(0, create(t));
+
+	for (i = 0; i < 3; i++) {
+		ASSERT_TRUE(set_page_cache_failures(true));
+		r = fallocate(t->fd, ALLOCATE, offset, page_size);
+		err = errno;
+		ASSERT_TRUE(set_page_cache_failures(false));
+
+		ASSERT_EQ(-1, r);
+		ASSERT_EQ(ENOMEM, err);
+		hugetlb_expect(&t->before, 0, file_pages(page_size),
+			       "after failure %d", i);
+		if (page_size == SZ_1G)
+			break;
+	}
+
+	ASSERT_EQ(0, fallocate(t->fd, ALLOCATE, offset, page_size));
+	hugetlb_expect(&t->before, -1, file_pages(page_size) - 1, "second try");
+
+	release(t);
+	kvm_vm_free(t->vm);
+	hugetlb_expect_released(&t->before, "closed");
+}
+
+int main(int argc, char *argv[])
+{
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM));
+
+	gmem_prepare_pools();
+	return test_harness_run(argc, argv);
+}
