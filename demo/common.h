@@ -1,0 +1,48 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * A VM of the KVM selftests' library with private memory in one guest_memfd
+ * file, for the demo and the benchmark.
+ */
+#ifndef DEMO_COMMON_H
+#define DEMO_COMMON_H
+
+#include <stdio.h>
+#include <time.h>
+
+#include <linux/falloc.h>
+#include <linux/sizes.h>
+
+#include "gmem_guest.h"
+#include "hugetlb_util.h"
+#include "kvm_util.h"
+#include "test_util.h"
+
+struct demo_vm {
+	struct kvm_vm *vm;
+	struct kvm_vcpu *vcpu;
+	int fd;
+};
+
+static inline long long now_ns(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec * 1000000000LL + ts.tv_nsec;
+}
+
+/* The memory is at GMEM_GPA and has not been touched. */
+static inline void demo_vm_create(struct demo_vm *d, size_t page_size, u64 size)
+{
+	d->vm = gmem_vm_create(1, &d->vcpu);
+	d->fd = vm_create_guest_memfd(d->vm, size, gmem_flags(page_size));
+	gmem_add_slot(d->vm, GMEM_SLOT, GMEM_GPA, size, d->fd, 0);
+}
+
+static inline void demo_vm_free(struct demo_vm *d)
+{
+	close(d->fd);
+	kvm_vm_free(d->vm);
+}
+
+#endif /* DEMO_COMMON_H */
