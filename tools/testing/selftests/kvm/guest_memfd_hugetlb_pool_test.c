@@ -7,6 +7,7 @@
 #include <sched.h>
 
 #include <sys/mount.h>
+#include <sys/uio.h>
 
 #include <linux/falloc.h>
 #include <linux/kvm.h>
@@ -357,6 +358,98 @@ TEST_F_TIMEOUT(pool, punch_keeps_the_reservation_of_a_shrunk_pool, SLOW)
 		TH_LOG("the reserved pages are gone: errno %d (%s)", errno, strerror(errno));
 	}
 	kvm_close(self->fd);
+}
+
+/*
+ * Pages of hugetlbfs, pinned by a pipe for longer than their reservation lives.
+ * A restored reservation keeps a page in the pool only if somebody has it.
+ */
+static void pin(int pipe_fd, void *p)
+{
+	struct iovec iov = { .iov_base = p, .iov_len = 1 };
+
+	TEST_ASSERT(vmsplice(pipe_fd, &iov, 1, 0) == 1, "vmsplice() failed");
+}
+
+static void expect_empty_pool(const char *when)
+{
+	static const char * const files[] = {
+		"nr_hugepages", "free_hugepages", "resv_hugepages", "surplus_hugepages",
+	};
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(files); i++) {
+		long val = hugetlb_read(SZ_2M, files[i]);
+
+		TEST_ASSERT(!val, "%s: %s is %ld, not 0", when, files[i], val);
+	}
+}
+
+FIXTURE(pinned)
+{
+	struct hugetlb_counters before;
+	int pipe[2];
+};
+
+FIXTURE_SETUP(pinned)
+{
+	if (!hugetlb_has_size(SZ_2M))
+		SKIP(return, "no pages of 2 MiB");
+
+	hugetlb_get(SZ_2M, &self->before);
+	TEST_ASSERT(!pipe(self->pipe), "pipe() failed");
+}
+
+FIXTURE_TEARDOWN(pinned)
+{
+	hugetlb_write(SZ_2M, "nr_overcommit_hugepages", 0);
+	EXPECT_EQ(HUGETLB_POOL_2M, hugetlb_pool_set(SZ_2M, HUGETLB_POOL_2M));
+	hugetlb_expect_released(&self->before, "pool restored");
+}
+
+TEST_F(pinned, pages_of_a_private_mapping_leave_a_shrunk_pool)
+{
+	char *p;
+
+	p = kvm_mmap(2 * SZ_2M, PROT_READ | PROT_WRITE,
+		     MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | MAP_HUGE_2MB, -1);
+	p[0] = p[SZ_2M] = 1;
+	pin(self->pipe[1], p);
+	pin(self->pipe[1], p + SZ_2M);
+	kvm_munmap(p, 2 * SZ_2M);
+	hugetlb_write(SZ_2M, "nr_hugepages", 0);
+	EXPECT_EQ(2, hugetlb_read(SZ_2M, "surplus_hugepages"));
+
+	kvm_close(self->pipe[0]);
+	kvm_close(self->pipe[1]);
+	expect_empty_pool("pages of a private mapping unpinned");
+}
+
+TEST_F(pinned, page_of_a_mount_with_min_size_leaves_the_pool)
+{
+	char dir[] = "/tmp/hugetlbfs-XXXXXX", path[sizeof(dir) + 2];
+	char *p;
+	int fd;
+
+	hugetlb_pool_set(SZ_2M, 0);
+	hugetlb_write(SZ_2M, "nr_overcommit_hugepages", 1);
+	TEST_ASSERT(mkdtemp(dir), "mkdtemp() failed");
+	TEST_ASSERT(!mount("none", dir, "hugetlbfs", 0, "pagesize=2M,min_size=2M"),
+		    "Can't mount hugetlbfs, errno %d (%s)", errno, strerror(errno));
+	snprintf(path, sizeof(path), "%s/f", dir);
+	fd = open(path, O_CREAT | O_RDWR, 0600);
+	TEST_ASSERT(fd >= 0, "Can't create %s", path);
+	p = kvm_mmap(SZ_2M, PROT_READ | PROT_WRITE, MAP_SHARED, fd);
+	p[0] = 1;
+	pin(self->pipe[1], p);
+	kvm_munmap(p, SZ_2M);
+	kvm_close(fd);
+	TEST_ASSERT(!unlink(path) && !umount(dir) && !rmdir(dir), "Can't unmount");
+	EXPECT_EQ(1, hugetlb_read(SZ_2M, "surplus_hugepages"));
+
+	kvm_close(self->pipe[0]);
+	kvm_close(self->pipe[1]);
+	expect_empty_pool("page of a mount with min_size unpinned");
 }
 
 /*

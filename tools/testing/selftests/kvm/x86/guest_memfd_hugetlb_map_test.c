@@ -17,7 +17,9 @@
 #include "hugetlb_util.h"
 #include "kvm_util.h"
 #include "processor.h"
+#include "svm_util.h"
 #include "test_util.h"
+#include "vmx.h"
 
 #define PUNCH_HOLE	(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
 
@@ -749,6 +751,158 @@ TEST_F_TIMEOUT(nx, large_pages_are_executed_without_it, SLOW)
 	expect_mappings(map, largest(map, 1), "executed");
 	kvm_close(map->fd);
 	kvm_vm_free(map->vm);
+}
+
+/*
+ * A nested guest: its mappings are no larger than those that its hypervisor, L1,
+ * has for it, and no larger than the file allows.
+ */
+#define NESTED_WORDS	4
+
+FIXTURE(nested)
+{
+	struct map_test map;
+};
+
+FIXTURE_VARIANT(nested)
+{
+	size_t page_size;
+	long nr;
+	int l1_level;		/* of L1's mappings for L2 */
+	int level;		/* of what maps L2 */
+};
+
+FIXTURE_VARIANT_ADD(nested, 4k_in_4k)
+{
+	.page_size = SZ_4K, .nr = 512, .l1_level = PAGES_4K, .level = PAGES_4K,
+};
+
+FIXTURE_VARIANT_ADD(nested, 1g_in_4k)
+{
+	.page_size = SZ_4K, .nr = 512, .l1_level = PAGES_1G, .level = PAGES_4K,
+};
+
+FIXTURE_VARIANT_ADD(nested, 4k_in_2m)
+{
+	.page_size = SZ_2M, .nr = 1, .l1_level = PAGES_4K, .level = PAGES_4K,
+};
+
+FIXTURE_VARIANT_ADD(nested, 1g_in_2m)
+{
+	.page_size = SZ_2M, .nr = 1, .l1_level = PAGES_1G, .level = PAGES_2M,
+};
+
+FIXTURE_VARIANT_ADD(nested, 4k_in_1g)
+{
+	.page_size = SZ_1G, .nr = 1, .l1_level = PAGES_4K, .level = PAGES_4K,
+};
+
+FIXTURE_VARIANT_ADD(nested, 1g_in_1g)
+{
+	.page_size = SZ_1G, .nr = 1, .l1_level = PAGES_1G, .level = PAGES_1G,
+};
+
+FIXTURE_SETUP(nested)
+{
+	const char *reason = gmem_unavailable(variant->page_size);
+	struct map_test *map = &self->map;
+
+	if (reason)
+		SKIP(return, "%s", reason);
+	if (!kvm_cpu_has_tdp())
+		SKIP(return, "KVM does not offer nested paging");
+
+	map->page_size = variant->page_size;
+	map->size = variant->nr * variant->page_size;
+	hugetlb_get(map->page_size, &map->counters);
+	create_vm(map);
+}
+
+FIXTURE_TEARDOWN(nested)
+{
+	kvm_close(self->map.fd);
+	kvm_vm_free(self->map.vm);
+	hugetlb_expect_released(&self->map.counters, "everything closed");
+}
+
+static void check_nested_words(u64 value)
+{
+	u64 *p;
+	int i;
+
+	for (i = 0; i < NESTED_WORDS; i++) {
+		p = (u64 *)(GMEM_GPA + i * SZ_4K);
+		GUEST_ASSERT_EQ(READ_ONCE(p[0]), value ? value + i : 0);
+		GUEST_ASSERT_EQ(READ_ONCE(p[1]), 0);
+	}
+}
+
+static void l2_guest_code(void)
+{
+	int i;
+
+	for (i = 0; i < NESTED_WORDS; i++)
+		WRITE_ONCE(*(u64 *)(GMEM_GPA + i * SZ_4K), PATTERN + i);
+	check_nested_words(PATTERN);
+	vmcall();
+}
+
+static void l1_guest_code(void *data)
+{
+	if (this_cpu_has(X86_FEATURE_VMX)) {
+		struct vmx_pages *vmx = data;
+
+		GUEST_ASSERT(prepare_for_vmx_operation(vmx));
+		GUEST_ASSERT(load_vmcs(vmx));
+		prepare_vmcs(vmx, l2_guest_code);
+		GUEST_ASSERT(!vmlaunch());
+		GUEST_ASSERT_EQ(vmreadz(VM_EXIT_REASON), EXIT_REASON_VMCALL);
+	} else {
+		struct svm_test_data *svm = data;
+
+		generic_svm_setup(svm, l2_guest_code);
+		run_guest(svm->vmcb, svm->vmcb_gpa);
+		GUEST_ASSERT_EQ(svm->vmcb->control.exit_code, SVM_EXIT_VMMCALL);
+	}
+	/* What L2 has written is in L1's memory. */
+	GUEST_SYNC(0);
+	check_nested_words(PATTERN);
+}
+
+TEST_F_TIMEOUT(nested, mapping_is_as_large_as_both_allow, SLOW)
+{
+	struct map_test *map = &self->map;
+	struct mappings now, want;
+	gva_t data;
+	int r;
+
+	vm_enable_tdp(map->vm);
+	if (kvm_cpu_has(X86_FEATURE_VMX))
+		vcpu_alloc_vmx(map->vm, &data);
+	else
+		vcpu_alloc_svm(map->vm, &data);
+	add_whole_file(map);
+	tdp_identity_map_default_memslots(map->vm);
+	if (variant->l1_level == PAGES_1G)
+		tdp_identity_map_1g(map->vm, GMEM_GPA, SZ_1G);
+	else
+		tdp_map(map->vm, GMEM_GPA, GMEM_GPA, NESTED_WORDS * SZ_4K);
+
+	gmem_guest_set_call(map->vcpu, l1_guest_code, data, 0, 0, 0);
+	r = gmem_guest_run(map->vcpu);
+	ASSERT_EQ(0, r) TH_LOG("L2 could not run: %s", strerror(-r));
+
+	/* L1's and L2's own memory is mapped by base pages, so count the others. */
+	want = map->before;
+	if (variant->level != PAGES_4K)
+		want.nr[variant->level]++;
+	now = get_mappings(map->vm);
+	EXPECT_EQ(want.nr[PAGES_1G], now.nr[PAGES_1G]);
+	EXPECT_EQ(want.nr[PAGES_2M], now.nr[PAGES_2M]);
+
+	/* L1's own mapping of the same memory knows no L2. */
+	r = gmem_guest_run(map->vcpu);
+	ASSERT_EQ(0, r) TH_LOG("L1 could not run: %s", strerror(-r));
 }
 
 int main(int argc, char *argv[])
