@@ -536,7 +536,6 @@ int main(void)
 		die(VERDICT_PORT);
 	uname(&uts);
 	verdict("begin %s %s", uts.release, uts.version);
-	put(KMEMLEAK, "scan=off");
 
 	if (job.check)
 		take_snapshot(&before);
