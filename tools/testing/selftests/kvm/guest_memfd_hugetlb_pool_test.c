@@ -413,7 +413,8 @@ TEST_F(pinned, pages_of_a_private_mapping_leave_a_shrunk_pool)
 
 	p = kvm_mmap(2 * SZ_2M, PROT_READ | PROT_WRITE,
 		     MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | MAP_HUGE_2MB, -1);
-	p[0] = p[SZ_2M] = 1;
+	p[0] = 1;
+	p[SZ_2M] = 1;
 	pin(self->pipe[1], p);
 	pin(self->pipe[1], p + SZ_2M);
 	kvm_munmap(p, 2 * SZ_2M);
