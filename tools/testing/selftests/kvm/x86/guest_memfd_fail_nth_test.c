@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * Let every allocation fail once that a guest_memfd file needs in its life:
- * creation, binding, a vCPU's fault, fallocate() and release.  After each
- * failure nothing may have leaked, and a second try must succeed.
+ * creation, binding, a vCPU's fault, fallocate(), conversion and release.  After
+ * each failure nothing may have leaked, and a second try must succeed.
  *
  * Best run with panic_on_warn=1, and on a kernel with kmemleak.
  */
 #include <dirent.h>
 #include <fcntl.h>
+
+#include <sys/mman.h>
+#include <sys/stat.h>
 
 #include <linux/falloc.h>
 #include <linux/kvm.h>
@@ -96,6 +99,8 @@ FIXTURE_SETUP(fail_nth)
 
 	if (reason)
 		SKIP(return, "%s", reason);
+	if (kvm_check_cap(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES))
+		SKIP(return, "kvm.gmem_in_place_conversion is on");
 
 	self->t.nth_fd = open_fail_nth();
 	if (self->t.nth_fd < 0 || !set_up_fault_injection())
@@ -435,6 +440,213 @@ TEST_F_TIMEOUT(fail_nth, page_cache_cannot_grow, SLOW)
 	release(t);
 	kvm_vm_free(t->vm);
 	hugetlb_expect_released(&t->before, "closed");
+}
+
+/*
+ * Conversion in place, of ranges in the middle of a file whose attributes are mixed
+ * enough for a tree of several nodes: of a page, which takes one new node, and of
+ * more.
+ */
+#define CONVERT_PAGES	64
+
+FIXTURE(convert_nth)
+{
+	struct nth_test t;
+	char *mem;
+};
+
+FIXTURE_VARIANT(convert_nth)
+{
+	bool private;		/* what the range becomes */
+	int every;		/* one of so many pages is allocated; 0: none */
+	int first, last;	/* the range */
+};
+
+FIXTURE_VARIANT_ADD(convert_nth, private_none_page)
+{
+	.private = true, .every = 0, .first = 20, .last = 20,
+};
+
+FIXTURE_VARIANT_ADD(convert_nth, private_none_range)
+{
+	.private = true, .every = 0, .first = 17, .last = 29,
+};
+
+FIXTURE_VARIANT_ADD(convert_nth, private_some_page)
+{
+	.private = true, .every = 3, .first = 20, .last = 20,
+};
+
+FIXTURE_VARIANT_ADD(convert_nth, private_some_range)
+{
+	.private = true, .every = 3, .first = 17, .last = 29,
+};
+
+FIXTURE_VARIANT_ADD(convert_nth, private_all_page)
+{
+	.private = true, .every = 1, .first = 20, .last = 20,
+};
+
+FIXTURE_VARIANT_ADD(convert_nth, private_all_range)
+{
+	.private = true, .every = 1, .first = 17, .last = 29,
+};
+
+FIXTURE_VARIANT_ADD(convert_nth, shared_none_page)
+{
+	.private = false, .every = 0, .first = 21, .last = 21,
+};
+
+FIXTURE_VARIANT_ADD(convert_nth, shared_none_range)
+{
+	.private = false, .every = 0, .first = 17, .last = 29,
+};
+
+FIXTURE_VARIANT_ADD(convert_nth, shared_some_page)
+{
+	.private = false, .every = 3, .first = 21, .last = 21,
+};
+
+FIXTURE_VARIANT_ADD(convert_nth, shared_some_range)
+{
+	.private = false, .every = 3, .first = 17, .last = 29,
+};
+
+FIXTURE_VARIANT_ADD(convert_nth, shared_all_page)
+{
+	.private = false, .every = 1, .first = 21, .last = 21,
+};
+
+FIXTURE_VARIANT_ADD(convert_nth, shared_all_range)
+{
+	.private = false, .every = 1, .first = 17, .last = 29,
+};
+
+FIXTURE_SETUP(convert_nth)
+{
+	if (!kvm_check_cap(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES))
+		SKIP(return, "kvm.gmem_in_place_conversion is off");
+
+	self->t.nth_fd = open_fail_nth();
+	if (self->t.nth_fd < 0 || !set_up_fault_injection())
+		SKIP(return, "no CONFIG_FAILSLAB, CONFIG_FAIL_PAGE_ALLOC or debugfs");
+}
+
+FIXTURE_TEARDOWN(convert_nth)
+{
+	close(self->t.nth_fd);
+}
+
+static int convert_pages(struct nth_test *t, int first, int last, bool private)
+{
+	struct kvm_memory_attributes2 attrs = {
+		.offset = first * SZ_4K,
+		.size = (last - first + 1) * SZ_4K,
+		.attributes = private ? KVM_MEMORY_ATTRIBUTE_PRIVATE : 0,
+	};
+
+	return ioctl(t->fd, KVM_SET_MEMORY_ATTRIBUTES2, &attrs);
+}
+
+static int convert_range(struct nth_test *t,
+			 const struct _fixture_variant_convert_nth *v)
+{
+	return convert_pages(t, v->first, v->last, v->private);
+}
+
+static bool convert_is_allocated(int page, int every)
+{
+	return every && !(page % every);
+}
+
+/* A file that is private and shared by turns, mapped by the guest and the host. */
+static char *convert_create(struct nth_test *t, int every)
+{
+	const size_t size = CONVERT_PAGES * SZ_4K;
+	char *mem;
+	int i;
+
+	t->vm = gmem_vm_create(1, &t->vcpu);
+	t->fd = vm_create_guest_memfd(t->vm, size, GUEST_MEMFD_FLAG_MMAP |
+				      GUEST_MEMFD_FLAG_INIT_SHARED);
+	vm_set_user_memory_region2(t->vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD,
+				   GMEM_GPA, size, NULL, t->fd, 0);
+	mem = kvm_mmap(size, PROT_READ | PROT_WRITE, MAP_SHARED, t->fd);
+	for (i = 0; i < CONVERT_PAGES; i++) {
+		if (convert_is_allocated(i, every)) {
+			*(u64 *)(mem + i * SZ_4K) = PATTERN + i;
+			gmem_guest_do(t->vcpu, GMEM_CHECK, GMEM_GPA + i * SZ_4K,
+				      8, 8, PATTERN + i);
+		}
+		TEST_ASSERT(!(i & 1) || !convert_pages(t, i, i, true),
+			    "Page %d, errno %d (%s)", i, errno, strerror(errno));
+	}
+	return mem;
+}
+
+/* What is allocated is the same memory as before, and who may see it, does. */
+static void convert_check(struct nth_test *t, char *mem, bool done,
+			  const struct _fixture_variant_convert_nth *v)
+{
+	struct stat st;
+	int i, nr = 0;
+
+	for (i = 0; i < CONVERT_PAGES; i++)
+		nr += convert_is_allocated(i, v->every);
+	TEST_ASSERT(!fstat(t->fd, &st), "fstat() failed");
+	TEST_ASSERT_EQ(st.st_blocks, nr * SZ_4K / 512);
+
+	for (i = 0; i < CONVERT_PAGES; i++) {
+		bool in_range = i >= v->first && i <= v->last;
+		u64 *word = (u64 *)(mem + i * SZ_4K);
+
+		if (done && in_range ? v->private : i & 1)
+			TEST_EXPECT_SIGBUS(READ_ONCE(*word));
+		else if (convert_is_allocated(i, v->every))
+			TEST_ASSERT_EQ(READ_ONCE(*word), PATTERN + i);
+		if (convert_is_allocated(i, v->every))
+			gmem_guest_do(t->vcpu, GMEM_CHECK, GMEM_GPA + i * SZ_4K,
+				      8, 8, PATTERN + i);
+	}
+}
+
+TEST_F_TIMEOUT(convert_nth, convert, SLOW)
+{
+	struct nth_test *t = &self->t;
+	bool injected = true;
+	int nth, r, err;
+	char *mem;
+
+	for (nth = 1; injected; nth++) {
+		TEST_ASSERT(nth < MAX_NTH, "There is no end of allocations");
+		mem = convert_create(t, variant->every);
+
+		start_nth(t, nth);
+		r = convert_range(t, variant);
+		err = errno;
+		injected = stop_nth(t);
+
+		t->injected += injected;
+		if (r) {
+			t->failed++;
+			/* EFAULT: the copy from or to user space */
+			TEST_ASSERT(injected && (err == ENOMEM || err == EFAULT),
+				    "Failure %d: unexpected errno %d (%s)", nth,
+				    err, strerror(err));
+			convert_check(t, mem, false, variant);
+			r = convert_range(t, variant);
+			TEST_ASSERT(!r, "Second try after failure %d: errno %d (%s)",
+				    nth, errno, strerror(errno));
+		}
+		convert_check(t, mem, true, variant);
+
+		kvm_munmap(mem, CONVERT_PAGES * SZ_4K);
+		kvm_close(t->fd);
+		kvm_vm_free(t->vm);
+	}
+	ksft_print_msg("%ld failures injected, %ld reached the caller\n",
+		       t->injected, t->failed);
+	EXPECT_LT(0, t->failed);
 }
 
 int main(int argc, char *argv[])

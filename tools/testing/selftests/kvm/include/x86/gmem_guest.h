@@ -17,7 +17,7 @@
 #define GMEM_GPA		SZ_4G
 #define GMEM_WINDOW		(8ull * SZ_1G)
 #define GMEM_SLOT		10
-#define GMEM_MAX_VCPUS		2
+#define GMEM_MAX_VCPUS		4
 
 enum gmem_op {
 	GMEM_READ,		/* one word every stride bytes */

@@ -1,0 +1,451 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Conversion of guest_memfd memory while everybody else is busy with it.
+ *
+ * Guests check their own data all the time.  Faults of the host or of a guest are
+ * no reason to refuse a conversion.  How often both sides have met is counted and
+ * printed, and a race that one side did not take part in fails.
+ */
+#include <fcntl.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+
+#include <sys/mman.h>
+#include <sys/sysinfo.h>
+#include <sys/wait.h>
+
+#include <linux/falloc.h>
+#include <linux/kvm.h>
+#include <linux/sizes.h>
+
+#include "kvm_test_harness.h"
+#include "gmem_guest.h"
+#include "kvm_util.h"
+#include "processor.h"
+#include "test_util.h"
+
+#define NR_PAGES	16
+#define FILE_SIZE	(NR_PAGES * SZ_4K)
+#define NR_VCPUS	4
+#define NR_HOST_THREADS	4
+
+/* A race is over after so many conversions and rounds of each other side. */
+#define NR_CONVERSIONS	400
+#define NR_ROUNDS	20
+#define SLOW		300
+
+#define PRIVATE		KVM_MEMORY_ATTRIBUTE_PRIVATE
+#define SHARED		0
+
+#define PUNCH_HOLE	(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
+
+/* Each vCPU has one word of each page, and nobody else writes to it. */
+#define TAG		0x600d600d00000000ull
+#define TAG_MASK	0xffffffff00000000ull
+
+struct race {
+	struct kvm_vm *vm;
+	struct kvm_vcpu *vcpus[NR_VCPUS];
+	char *mem;
+	int fd;
+	bool punched;		/* words may have become 0 */
+	bool zap;		/* the host unmaps what it has read */
+	bool stop;
+	long conversions;
+	long refused;
+	long guest_rounds[NR_VCPUS];
+	long guest_retries[NR_VCPUS];
+	long host_reads[NR_HOST_THREADS];
+	long host_sigbus[NR_HOST_THREADS];
+	long other_rounds;
+};
+
+FIXTURE(race)
+{
+	struct race r;
+};
+
+static int __convert(int fd, u64 offset, u64 size, u64 attributes)
+{
+	struct kvm_memory_attributes2 attrs = {
+		.offset = offset,
+		.size = size,
+		.attributes = attributes,
+	};
+
+	return ioctl(fd, KVM_SET_MEMORY_ATTRIBUTES2, &attrs);
+}
+
+static void add_slot(struct race *r)
+{
+	vm_set_user_memory_region2(r->vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD,
+				   GMEM_GPA, FILE_SIZE, NULL, r->fd, 0);
+}
+
+static void create(struct race *r)
+{
+	r->vm = gmem_vm_create(NR_VCPUS, r->vcpus);
+	r->fd = vm_create_guest_memfd(r->vm, FILE_SIZE, GUEST_MEMFD_FLAG_MMAP |
+				      GUEST_MEMFD_FLAG_INIT_SHARED);
+	add_slot(r);
+	r->mem = kvm_mmap(FILE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, r->fd);
+}
+
+FIXTURE_SETUP(race)
+{
+	create(&self->r);
+}
+
+FIXTURE_TEARDOWN(race)
+{
+	kvm_munmap(self->r.mem, FILE_SIZE);
+	kvm_vm_free(self->r.vm);
+	kvm_close(self->r.fd);
+}
+
+/*
+ * Guests: every word still holds what was written to it in the round before.
+ */
+static void guest_rounds(u64 vcpu, u64 punched)
+{
+	u64 round, want, old, *word;
+	int i;
+
+	for (round = 1; ; round++) {
+		for (i = 0; i < NR_PAGES; i++) {
+			word = (u64 *)(GMEM_GPA + i * SZ_4K + vcpu * 8);
+			want = round > 1 ? TAG | (vcpu << 24) | (round - 1) : 0;
+			old = READ_ONCE(*word);
+			__GUEST_ASSERT(old == want || (punched && !old),
+				       "page %d, round %lu: 0x%lx, not 0x%lx",
+				       i, round, old, want);
+			WRITE_ONCE(*word, TAG | (vcpu << 24) | round);
+		}
+		GUEST_SYNC(round);
+	}
+}
+
+struct vcpu_thread {
+	pthread_t thread;
+	struct race *r;
+	int id;
+};
+
+static void *run_vcpu(void *arg)
+{
+	struct vcpu_thread *t = arg;
+	struct race *r = t->r;
+	struct kvm_vcpu *vcpu = r->vcpus[t->id];
+	int ret;
+
+	/*
+	 * To move vCPUs between CPUs is not what is tested here, and where SVM
+	 * itself is emulated it ends in a triple fault now and then.
+	 */
+	pin_self_to_cpu(t->id % get_nprocs());
+	gmem_guest_set_call(vcpu, guest_rounds, t->id, r->punched, 0, 0);
+	while (!READ_ONCE(r->stop)) {
+		ret = gmem_guest_run(vcpu);
+		if (!ret) {
+			r->guest_rounds[t->id]++;
+			continue;
+		}
+		/* It was the one and has become the other on the way. */
+		TEST_ASSERT(ret == -EFAULT &&
+			    vcpu->run->exit_reason == KVM_EXIT_MEMORY_FAULT,
+			    "KVM_RUN: %s, exit %u", strerror(-ret),
+			    vcpu->run->exit_reason);
+		r->guest_retries[t->id]++;
+	}
+	return NULL;
+}
+
+/*
+ * The host: reads words of guests, if it may.
+ */
+static __thread sigjmp_buf host_jmpbuf;
+
+static void host_sigbus(int sig)
+{
+	siglongjmp(host_jmpbuf, 1);
+}
+
+static void *run_host(void *arg)
+{
+	struct vcpu_thread *t = arg;
+	struct race *r = t->r;
+	unsigned int seed = t->id;
+	int i;
+	u64 val;
+
+	while (!READ_ONCE(r->stop)) {
+		i = rand_r(&seed) % NR_PAGES;
+		if (sigsetjmp(host_jmpbuf, 1)) {
+			r->host_sigbus[t->id]++;
+			continue;
+		}
+		val = READ_ONCE(*(u64 *)(r->mem + i * SZ_4K + t->id * 8));
+		TEST_ASSERT(!val || ((val & TAG_MASK) == TAG &&
+				     ((val >> 24) & 0xff) == t->id),
+			    "page %d: foreign value 0x%lx", i, val);
+		r->host_reads[t->id]++;
+		/* So that the next access is a fault, and not only a load. */
+		if (r->zap)
+			madvise(r->mem + i * SZ_4K, SZ_4K, MADV_DONTNEED);
+	}
+	return NULL;
+}
+
+static long least(const long *val, int nr)
+{
+	long min = val[0];
+	int i;
+
+	for (i = 1; i < nr; i++)
+		min = min(min, READ_ONCE(val[i]));
+	return min;
+}
+
+static long sum(const long *val, int nr)
+{
+	return nr ? val[0] + sum(val + 1, nr - 1) : 0;
+}
+
+/* Convert ranges at random until everyone has had enough. */
+static void convert_until(struct race *r, bool guests, bool host, bool other)
+{
+	unsigned int seed = 1, start, nr;
+	int ret;
+
+	while (r->conversions < NR_CONVERSIONS ||
+	       (guests && least(r->guest_rounds, NR_VCPUS) < NR_ROUNDS) ||
+	       (host && least(r->host_reads, NR_HOST_THREADS) < NR_ROUNDS) ||
+	       (other && READ_ONCE(r->other_rounds) < NR_ROUNDS)) {
+		start = rand_r(&seed) % NR_PAGES;
+		nr = 1 + rand_r(&seed) % (NR_PAGES - start);
+		ret = __convert(r->fd, start * SZ_4K, nr * SZ_4K,
+				rand_r(&seed) & 1 ? PRIVATE : SHARED);
+		/* Who zaps, has pages for as long as the scheduler likes. */
+		if (ret && r->zap && errno == EAGAIN) {
+			r->refused++;
+			continue;
+		}
+		TEST_ASSERT(!ret, "Conversion %ld: errno %d (%s)", r->conversions,
+			    errno, strerror(errno));
+		r->conversions++;
+	}
+}
+
+static void run_race(struct race *r, bool guests, bool host, void *(*other)(void *))
+{
+	struct vcpu_thread vcpus[NR_VCPUS], hosts[NR_HOST_THREADS];
+	struct sigaction sa = { .sa_handler = host_sigbus }, old;
+	pthread_t other_thread;
+	int i;
+
+	sigaction(SIGBUS, &sa, &old);
+	for (i = 0; guests && i < NR_VCPUS; i++) {
+		vcpus[i] = (struct vcpu_thread) { .r = r, .id = i };
+		kvm_pthread_create(&vcpus[i].thread, NULL, run_vcpu, &vcpus[i]);
+	}
+	for (i = 0; host && i < NR_HOST_THREADS; i++) {
+		hosts[i] = (struct vcpu_thread) { .r = r, .id = i };
+		kvm_pthread_create(&hosts[i].thread, NULL, run_host, &hosts[i]);
+	}
+	if (other)
+		kvm_pthread_create(&other_thread, NULL, other, r);
+
+	convert_until(r, guests, host, other);
+
+	WRITE_ONCE(r->stop, true);
+	for (i = 0; guests && i < NR_VCPUS; i++)
+		kvm_pthread_join(vcpus[i].thread, NULL);
+	for (i = 0; host && i < NR_HOST_THREADS; i++)
+		kvm_pthread_join(hosts[i].thread, NULL);
+	if (other)
+		kvm_pthread_join(other_thread, NULL);
+	sigaction(SIGBUS, &old, NULL);
+
+	ksft_print_msg("%ld conversions (%ld refused), %ld others\n",
+		       r->conversions, r->refused, r->other_rounds);
+	ksft_print_msg("%ld guest rounds (%ld retries), %ld host reads (%ld SIGBUS)\n",
+		       sum(r->guest_rounds, NR_VCPUS),
+		       sum(r->guest_retries, NR_VCPUS),
+		       sum(r->host_reads, NR_HOST_THREADS),
+		       sum(r->host_sigbus, NR_HOST_THREADS));
+	if (host)
+		TEST_ASSERT(sum(r->host_sigbus, NR_HOST_THREADS), "No SIGBUS at all");
+}
+
+TEST_F_TIMEOUT(race, guests_write, SLOW)
+{
+	run_race(&self->r, true, false, NULL);
+}
+
+TEST_F_TIMEOUT(race, guests_write_and_host_reads, SLOW)
+{
+	run_race(&self->r, true, true, NULL);
+}
+
+TEST_F_TIMEOUT(race, host_zaps, SLOW)
+{
+	self->r.zap = true;
+	run_race(&self->r, true, true, NULL);
+}
+
+/* Everything that is mapped is mlocked, and waits in batches for a while. */
+TEST_F_TIMEOUT(race, host_reads_what_is_mlocked, SLOW)
+{
+	ASSERT_EQ(0, mlockall(MCL_FUTURE));
+	run_race(&self->r, true, true, NULL);
+	munlockall();
+}
+
+static void *punch(void *arg)
+{
+	struct race *r = arg;
+	unsigned int seed = 2, start, nr;
+
+	while (!READ_ONCE(r->stop)) {
+		start = rand_r(&seed) % NR_PAGES;
+		nr = 1 + rand_r(&seed) % (NR_PAGES - start);
+		kvm_fallocate(r->fd, PUNCH_HOLE, start * SZ_4K, nr * SZ_4K);
+		r->other_rounds++;
+	}
+	return NULL;
+}
+
+TEST_F_TIMEOUT(race, punch, SLOW)
+{
+	self->r.punched = true;
+	run_race(&self->r, true, true, punch);
+}
+
+/* Lookups by others take references for a moment. */
+static void *look(void *arg)
+{
+	unsigned char vec[NR_PAGES];
+	u64 flags[NR_PAGES], pfns[NR_PAGES];
+	struct race *r = arg;
+	int pagemap, kpageflags, i;
+
+	pagemap = open_path_or_exit("/proc/self/pagemap", O_RDONLY);
+	kpageflags = open_path_or_exit("/proc/kpageflags", O_RDONLY);
+	while (!READ_ONCE(r->stop)) {
+		TEST_ASSERT(!mincore(r->mem, FILE_SIZE, vec), "mincore() failed");
+		TEST_ASSERT_EQ(pread(pagemap, pfns, sizeof(pfns),
+				     (uintptr_t)r->mem / SZ_4K * 8), sizeof(pfns));
+		for (i = 0; i < NR_PAGES; i++) {
+			if (!(pfns[i] >> 63))
+				continue;
+			TEST_ASSERT_EQ(pread(kpageflags, flags, 8,
+					     (pfns[i] & GENMASK_ULL(54, 0)) * 8), 8);
+		}
+		r->other_rounds++;
+	}
+	kvm_close(pagemap);
+	kvm_close(kpageflags);
+	return NULL;
+}
+
+TEST_F_TIMEOUT(race, lookups_by_others, SLOW)
+{
+	run_race(&self->r, true, true, look);
+}
+
+static void *delete_slot(void *arg)
+{
+	struct race *r = arg;
+
+	while (!READ_ONCE(r->stop)) {
+		gmem_delete_slot(r->vm, GMEM_SLOT);
+		add_slot(r);
+		r->other_rounds++;
+	}
+	return NULL;
+}
+
+TEST_F_TIMEOUT(race, slot_deletion, SLOW)
+{
+	run_race(&self->r, false, true, delete_slot);
+}
+
+/* The file of another VM's view goes away, and with it the last reference. */
+static void *convert_closed(void *arg)
+{
+	struct race *r = arg;
+
+	while (!__convert(r->fd, 0, FILE_SIZE, ++r->conversions & 1 ? PRIVATE : SHARED))
+		;
+	TEST_ASSERT_EQ(errno, EBADF);
+	return NULL;
+}
+
+TEST_F_TIMEOUT(race, close, SLOW)
+{
+	struct race r = { .vm = self->r.vm };
+	pthread_t thread;
+	long met = 0;
+	int i;
+
+	for (i = 0; i < NR_ROUNDS; i++) {
+		r.conversions = 0;
+		r.fd = vm_create_guest_memfd(r.vm, FILE_SIZE, GUEST_MEMFD_FLAG_MMAP);
+		kvm_fallocate(r.fd, FALLOC_FL_KEEP_SIZE, 0, FILE_SIZE);
+		kvm_pthread_create(&thread, NULL, convert_closed, &r);
+		while (READ_ONCE(r.conversions) < i)
+			cpu_relax();
+		kvm_close(r.fd);
+		kvm_pthread_join(thread, NULL);
+		met += r.conversions;
+	}
+	ksft_print_msg("%ld conversions, %d files closed\n", met, i);
+}
+
+TEST_F_TIMEOUT(race, kill, SLOW)
+{
+	int i, status;
+	long *conversions;
+	pid_t pid;
+
+	conversions = kvm_mmap(getpagesize(), PROT_READ | PROT_WRITE,
+			       MAP_SHARED | MAP_ANONYMOUS, -1);
+	for (i = 0; i < NR_ROUNDS; i++) {
+		*conversions = 0;
+		pid = fork();
+		TEST_ASSERT(pid >= 0, "fork() failed");
+		if (!pid) {
+			struct vcpu_thread t = { };
+			struct race r = {};
+			bool private = false;
+
+			create(&r);
+			t.r = &r;
+			kvm_pthread_create(&t.thread, NULL, run_vcpu, &t);
+			for (;;) {
+				private = !private;
+				TEST_ASSERT(!__convert(r.fd, 0, FILE_SIZE, private ?
+						       PRIVATE : SHARED),
+					    "errno %d (%s)", errno, strerror(errno));
+				(*conversions)++;
+			}
+		}
+		while (READ_ONCE(*conversions) < 1 + i)
+			sched_yield();
+		kill(pid, SIGKILL);
+		TEST_ASSERT_EQ(waitpid(pid, &status, 0), pid);
+		TEST_ASSERT(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL,
+			    "The child failed, status 0x%x", status);
+	}
+	ksft_print_msg("%d processes killed\n", i);
+	kvm_munmap(conversions, getpagesize());
+}
+
+int main(int argc, char *argv[])
+{
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM));
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES));
+
+	return test_harness_run(argc, argv);
+}

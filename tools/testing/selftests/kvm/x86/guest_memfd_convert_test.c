@@ -1,0 +1,468 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Conversion of guest_memfd memory between private and shared, in place.
+ *
+ * What the guest and the host see of a page is checked after every step: the host
+ * must have no access to private memory, and contents must never change.
+ */
+#include <fcntl.h>
+#include <pthread.h>
+
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+
+#include <linux/falloc.h>
+#include <linux/kvm.h>
+#include <linux/sizes.h>
+
+#include "kvm_test_harness.h"
+#include "gmem_guest.h"
+#include "kvm_util.h"
+#include "processor.h"
+#include "test_util.h"
+
+#define NR_PAGES	4
+#define FILE_SIZE	(NR_PAGES * SZ_4K)
+
+#define PRIVATE		KVM_MEMORY_ATTRIBUTE_PRIVATE
+#define SHARED		0
+
+#define PUNCH_HOLE	(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
+
+/* What is stored says where, and how often it has been. */
+#define VALUE(gen)	(0x600d000000000000ull + ((u64)(gen) << 32))
+
+struct convert_test {
+	struct kvm_vm *vm;
+	struct kvm_vcpu *vcpu;
+	char *mem;
+	int fd;
+};
+
+FIXTURE(convert)
+{
+	struct convert_test t;
+};
+
+FIXTURE_VARIANT(convert)
+{
+	u64 flags;
+	u64 attributes;		/* of a new file */
+};
+
+FIXTURE_VARIANT_ADD(convert, private)
+{
+	.flags = GUEST_MEMFD_FLAG_MMAP,
+	.attributes = PRIVATE,
+};
+
+FIXTURE_VARIANT_ADD(convert, shared)
+{
+	.flags = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED,
+	.attributes = SHARED,
+};
+
+static int __convert(int fd, u64 offset, u64 size, u64 attributes, u64 *error)
+{
+	struct kvm_memory_attributes2 attrs = {
+		.offset = offset,
+		.size = size,
+		.attributes = attributes,
+		.error_offset = -1ull,
+	};
+	int r = ioctl(fd, KVM_SET_MEMORY_ATTRIBUTES2, &attrs);
+
+	if (error)
+		*error = attrs.error_offset;
+	return r;
+}
+
+static void convert(int fd, u64 offset, u64 size, u64 attributes)
+{
+	u64 error;
+	int r = __convert(fd, offset, size, attributes, &error);
+
+	TEST_ASSERT(!r, "0x%lx bytes at 0x%lx to 0x%lx: errno %d (%s) at 0x%lx",
+		    size, offset, attributes, errno, strerror(errno), error);
+}
+
+FIXTURE_SETUP(convert)
+{
+	self->t.vm = gmem_vm_create(1, &self->t.vcpu);
+	self->t.fd = vm_create_guest_memfd(self->t.vm, FILE_SIZE, variant->flags);
+	vm_set_user_memory_region2(self->t.vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD,
+				   GMEM_GPA, FILE_SIZE, NULL, self->t.fd, 0);
+	self->t.mem = kvm_mmap(FILE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, self->t.fd);
+}
+
+FIXTURE_TEARDOWN(convert)
+{
+	kvm_munmap(self->t.mem, FILE_SIZE);
+	kvm_vm_free(self->t.vm);
+	kvm_close(self->t.fd);
+}
+
+static u64 *word(struct convert_test *self, int page)
+{
+	return (u64 *)(self->mem + page * SZ_4K);
+}
+
+static void guest_write(struct convert_test *self, int page, u64 value)
+{
+	gmem_guest_do(self->vcpu, GMEM_WRITE, GMEM_GPA + page * SZ_4K, 8, 8, value);
+}
+
+static void guest_check(struct convert_test *self, int page, u64 value)
+{
+	gmem_guest_do(self->vcpu, GMEM_CHECK, GMEM_GPA + page * SZ_4K, 8, 8, value);
+}
+
+/* Each page is as @shared's bit says, and holds what it shall for both sides. */
+static void check_all(struct convert_test *self, unsigned long shared,
+		      const u64 *values)
+{
+	int i;
+
+	for (i = 0; i < NR_PAGES; i++) {
+		if (shared & BIT(i))
+			TEST_ASSERT_EQ(READ_ONCE(*word(self, i)), values[i]);
+		else
+			TEST_EXPECT_SIGBUS(READ_ONCE(*word(self, i)));
+		guest_check(self, i, values[i]);
+	}
+}
+
+TEST_F(convert, basic_flow)
+{
+	u64 values[NR_PAGES];
+	int i, gen;
+
+	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	for (i = 0; i < NR_PAGES; i++)
+		guest_write(&self->t, i, values[i] = VALUE(0) + i);
+	check_all(&self->t, 0, values);
+
+	for (gen = 1; gen < 4; gen++) {
+		convert(self->t.fd, 0, FILE_SIZE, SHARED);
+		check_all(&self->t, -1ul, values);
+		for (i = 0; i < NR_PAGES; i++)
+			*word(&self->t, i) = values[i] = VALUE(gen) + i;
+		check_all(&self->t, -1ul, values);
+
+		convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+		check_all(&self->t, 0, values);
+		for (i = 0; i < NR_PAGES; i++)
+			guest_write(&self->t, i, values[i] = VALUE(gen) + 0x100 + i);
+	}
+}
+
+/* Every set of shared pages, from every other one. */
+TEST_F(convert, any_page_and_its_neighbours)
+{
+	unsigned long shared, state = variant->attributes == SHARED ? 15 : 0;
+	u64 values[NR_PAGES] = {};
+	int i;
+
+	for (shared = 0; shared < BIT(NR_PAGES); shared++) {
+		for (i = 0; i < NR_PAGES; i++) {
+			if ((state ^ shared) & BIT(i))
+				convert(self->t.fd, i * SZ_4K, SZ_4K,
+					shared & BIT(i) ? SHARED : PRIVATE);
+			state = (state & ~BIT(i)) | (shared & BIT(i));
+			check_all(&self->t, state, values);
+			guest_write(&self->t, i, values[i] = VALUE(shared) + i);
+			check_all(&self->t, state, values);
+		}
+	}
+}
+
+TEST_F(convert, memory_that_is_not_allocated)
+{
+	struct stat st;
+	u64 values[NR_PAGES] = {};
+
+	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	convert(self->t.fd, SZ_4K, 2 * SZ_4K, SHARED);
+	ASSERT_EQ(0, fstat(self->t.fd, &st));
+	EXPECT_EQ(0, st.st_blocks);
+
+	/* One of each kind is there. */
+	*word(&self->t, 1) = values[1] = VALUE(1);
+	guest_write(&self->t, 0, values[0] = VALUE(2));
+	check_all(&self->t, BIT(1) | BIT(2), values);
+	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	check_all(&self->t, 0, values);
+	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	check_all(&self->t, -1ul, values);
+}
+
+TEST_F(convert, partly_allocated)
+{
+	u64 values[NR_PAGES] = {};
+	int i;
+
+	for (i = 0; i < NR_PAGES; i += 2)
+		guest_write(&self->t, i, values[i] = VALUE(i));
+	convert(self->t.fd, 0, FILE_SIZE, !variant->attributes ? PRIVATE : SHARED);
+	convert(self->t.fd, SZ_4K, SZ_4K, SHARED);
+	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	check_all(&self->t, 0, values);
+}
+
+TEST_F(convert, punch_keeps_attributes)
+{
+	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) };
+	int i;
+
+	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	convert(self->t.fd, SZ_4K, SZ_4K, SHARED);
+	for (i = 0; i < NR_PAGES; i++)
+		guest_write(&self->t, i, values[i]);
+	kvm_fallocate(self->t.fd, PUNCH_HOLE, 0, 2 * SZ_4K);
+	values[0] = 0;
+	values[1] = 0;
+	check_all(&self->t, BIT(1), values);
+	kvm_fallocate(self->t.fd, PUNCH_HOLE, 0, FILE_SIZE);
+	memset(values, 0, sizeof(values));
+	check_all(&self->t, BIT(1), values);
+}
+
+TEST_F(convert, same_again_touches_nothing)
+{
+	char vec[NR_PAGES];
+
+	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	*word(&self->t, 0) = 1;
+	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	ASSERT_EQ(0, mincore(self->t.mem, FILE_SIZE, (unsigned char *)vec));
+	EXPECT_EQ(1, vec[0] & 1);
+}
+
+/* What a child has mapped goes as well, and it can be had again. */
+TEST_F(convert, fork)
+{
+	int to_child[2], to_parent[2], status;
+	pid_t pid;
+	char c;
+
+	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	*word(&self->t, 0) = VALUE(1);
+	TEST_ASSERT(!pipe(to_child) && !pipe(to_parent), "pipe() failed");
+	pid = fork();
+	TEST_ASSERT(pid >= 0, "fork() failed");
+	if (!pid) {
+		TEST_ASSERT_EQ(*word(&self->t, 0), VALUE(1));
+		write(to_parent[1], "m", 1);
+		read(to_child[0], &c, 1);
+		TEST_EXPECT_SIGBUS(READ_ONCE(*word(&self->t, 0)));
+		write(to_parent[1], "p", 1);
+		read(to_child[0], &c, 1);
+		TEST_ASSERT_EQ(READ_ONCE(*word(&self->t, 0)), VALUE(1));
+		_exit(0);
+	}
+	ASSERT_EQ(1, read(to_parent[0], &c, 1));
+	convert(self->t.fd, 0, SZ_4K, PRIVATE);
+	write(to_child[1], "p", 1);
+	ASSERT_EQ(1, read(to_parent[0], &c, 1));
+	convert(self->t.fd, 0, SZ_4K, SHARED);
+	write(to_child[1], "s", 1);
+	ASSERT_EQ(pid, waitpid(pid, &status, 0));
+	EXPECT_EQ(0, status);
+}
+
+static void pin(int pipe_fd, void *p)
+{
+	struct iovec iov = { .iov_base = p, .iov_len = 1 };
+
+	TEST_ASSERT(vmsplice(pipe_fd, &iov, 1, 0) == 1, "vmsplice() failed");
+}
+
+TEST_F(convert, pinned_page_cannot_become_private)
+{
+	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) }, error;
+	int i, j, fds[2];
+
+	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	for (i = 0; i < NR_PAGES; i++)
+		*word(&self->t, i) = values[i];
+
+	for (i = 0; i < NR_PAGES; i++) {
+		TEST_ASSERT(!pipe(fds), "pipe() failed");
+		/* All pages from this one. */
+		for (j = i; j < NR_PAGES; j++)
+			pin(fds[1], word(&self->t, j));
+
+		EXPECT_EQ(-1, __convert(self->t.fd, 0, FILE_SIZE, PRIVATE, &error));
+		EXPECT_EQ(EAGAIN, errno);
+		EXPECT_EQ(i * SZ_4K, error);
+		check_all(&self->t, -1ul, values);
+		EXPECT_EQ(-1, __convert(self->t.fd, 3 * SZ_4K, SZ_4K, PRIVATE, &error));
+		EXPECT_EQ(EAGAIN, errno);
+		EXPECT_EQ(3 * SZ_4K, error);
+
+		/* Nothing is in the way of the others. */
+		if (i) {
+			convert(self->t.fd, 0, i * SZ_4K, PRIVATE);
+			check_all(&self->t, 15 & ~(BIT(i) - 1), values);
+			convert(self->t.fd, 0, i * SZ_4K, SHARED);
+		}
+		kvm_close(fds[0]);
+		kvm_close(fds[1]);
+		convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+		check_all(&self->t, 0, values);
+		convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	}
+}
+
+/* Doors through which the kernel would fetch memory for somebody. */
+static void expect_doors(struct convert_test *self, int page, bool shared)
+{
+	struct iovec remote = { .iov_base = word(self, page), .iov_len = 8 };
+	u64 buf = 0;
+	struct iovec local = { .iov_base = &buf, .iov_len = 8 };
+	int mem, fds[2];
+	ssize_t want = shared ? 8 : -1;
+
+	TEST_ASSERT_EQ(process_vm_readv(getpid(), &local, 1, &remote, 1, 0), want);
+	TEST_ASSERT_EQ(process_vm_writev(getpid(), &local, 1, &remote, 1, 0), want);
+
+	mem = open_path_or_exit("/proc/self/mem", O_RDWR);
+	TEST_ASSERT_EQ(pread(mem, &buf, 8, (uintptr_t)word(self, page)), want);
+	TEST_ASSERT_EQ(pwrite(mem, &buf, 8, (uintptr_t)word(self, page)), want);
+	kvm_close(mem);
+
+	TEST_ASSERT(!pipe(fds), "pipe() failed");
+	TEST_ASSERT_EQ(write(fds[1], word(self, page), 8), want);
+	TEST_ASSERT_EQ(vmsplice(fds[1], &remote, 1, 0), want);
+	kvm_close(fds[0]);
+	kvm_close(fds[1]);
+
+	TEST_ASSERT_EQ(madvise(word(self, page), SZ_4K, MADV_POPULATE_WRITE),
+		       shared ? 0 : -1);
+	TEST_ASSERT_EQ(madvise(word(self, page), SZ_4K, MADV_POPULATE_READ),
+		       shared ? 0 : -1);
+}
+
+TEST_F(convert, doors_are_shut_for_private_memory)
+{
+	char *again;
+	int i;
+
+	/* Never shared, never allocated; then in use; then just private. */
+	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	for (i = 0; i < NR_PAGES; i++)
+		expect_doors(&self->t, i, false);
+	for (i = 0; i < NR_PAGES; i++)
+		guest_write(&self->t, i, VALUE(i));
+	for (i = 0; i < NR_PAGES; i++)
+		expect_doors(&self->t, i, false);
+
+	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	for (i = 0; i < NR_PAGES; i++)
+		expect_doors(&self->t, i, true);
+	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	for (i = 0; i < NR_PAGES; i++)
+		expect_doors(&self->t, i, false);
+
+	/* Another mapping, one that has moved, and one that came before. */
+	again = kvm_mmap(FILE_SIZE, PROT_READ, MAP_SHARED, self->t.fd);
+	TEST_EXPECT_SIGBUS(READ_ONCE(*again));
+	kvm_munmap(again, FILE_SIZE);
+	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	READ_ONCE(*self->t.mem);
+	again = mremap(self->t.mem, FILE_SIZE, FILE_SIZE, MREMAP_MAYMOVE | MREMAP_DONTUNMAP);
+	if (again != MAP_FAILED) {
+		READ_ONCE(*again);
+		convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+		TEST_EXPECT_SIGBUS(READ_ONCE(*again));
+		TEST_EXPECT_SIGBUS(READ_ONCE(*self->t.mem));
+		kvm_munmap(again, FILE_SIZE);
+	}
+}
+
+TEST_F(convert, errors)
+{
+	const struct {
+		u64 offset, size, attributes, flags, reserved;
+		int err;
+	} cases[] = {
+		{ 0, 0, PRIVATE, .err = EINVAL },
+		{ 0, 1, PRIVATE, .err = EINVAL },
+		{ 1, SZ_4K, PRIVATE, .err = EINVAL },
+		{ 0, SZ_4K + 1, PRIVATE, .err = EINVAL },
+		{ 0, FILE_SIZE + SZ_4K, PRIVATE, .err = EINVAL },
+		{ FILE_SIZE, SZ_4K, PRIVATE, .err = EINVAL },
+		{ FILE_SIZE - SZ_4K, 2 * SZ_4K, PRIVATE, .err = EINVAL },
+		{ -(u64)SZ_4K, SZ_4K, PRIVATE, .err = EINVAL },
+		{ -(u64)SZ_4K, 2 * SZ_4K, PRIVATE, .err = EINVAL },
+		{ SZ_4K, -(u64)SZ_4K, PRIVATE, .err = EINVAL },
+		{ 0, SZ_4K, PRIVATE, .flags = 1, .err = EINVAL },
+		{ 0, SZ_4K, PRIVATE, .flags = 1ull << 63, .err = EINVAL },
+		{ 0, SZ_4K, PRIVATE, .reserved = 1, .err = EINVAL },
+		{ 0, FILE_SIZE, PRIVATE },
+		{ 0, FILE_SIZE, SHARED },
+	};
+	struct kvm_memory_attributes2 attrs;
+	struct kvm_vm *vm;
+	int i, j, bit, r, fd;
+
+	for (i = 0; i < ARRAY_SIZE(cases); i++) {
+		for (j = 0; j < ARRAY_SIZE(attrs.reserved); j++) {
+			memset(&attrs, 0, sizeof(attrs));
+			attrs.offset = cases[i].offset;
+			attrs.size = cases[i].size;
+			attrs.attributes = cases[i].attributes;
+			attrs.flags = cases[i].flags;
+			attrs.reserved[j] = cases[i].reserved;
+			r = ioctl(self->t.fd, KVM_SET_MEMORY_ATTRIBUTES2, &attrs);
+			r = r ? errno : 0;
+			TEST_ASSERT(r == cases[i].err, "Case %d: errno %d (%s)",
+				    i, r, strerror(r));
+		}
+	}
+
+	for (bit = 0; bit < 64; bit++) {
+		if (BIT_ULL(bit) == PRIVATE)
+			continue;
+		EXPECT_EQ(-1, __convert(self->t.fd, 0, SZ_4K, BIT_ULL(bit), NULL));
+		EXPECT_EQ(EINVAL, errno);
+	}
+
+	EXPECT_EQ(-1, ioctl(self->t.fd, KVM_SET_MEMORY_ATTRIBUTES2, NULL));
+	EXPECT_EQ(EFAULT, errno);
+	EXPECT_EQ(-1, ioctl(self->t.fd, KVM_SET_MEMORY_ATTRIBUTES, &attrs));
+	EXPECT_EQ(ENOTTY, errno);
+	EXPECT_EQ(-1, ioctl(self->t.fd, KVM_CHECK_EXTENSION, 0));
+	EXPECT_EQ(ENOTTY, errno);
+
+	/* A VM that has no private memory. */
+	vm = vm_create_barebones();
+	EXPECT_EQ(0, vm_check_cap(vm, KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES));
+	fd = vm_create_guest_memfd(vm, FILE_SIZE, variant->flags);
+	EXPECT_EQ(-1, __convert(fd, 0, SZ_4K, PRIVATE, NULL));
+	EXPECT_EQ(EINVAL, errno);
+	EXPECT_EQ(-1, __convert(fd, 0, SZ_4K, SHARED, NULL));
+	EXPECT_EQ(EINVAL, errno);
+	kvm_close(fd);
+	kvm_vm_free(vm);
+}
+
+TEST_F(convert, capabilities)
+{
+	EXPECT_EQ(PRIVATE, kvm_check_cap(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES));
+	EXPECT_EQ(PRIVATE, vm_check_cap(self->t.vm, KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES));
+	EXPECT_EQ(0, kvm_check_cap(KVM_CAP_MEMORY_ATTRIBUTES));
+	EXPECT_EQ(0, vm_check_cap(self->t.vm, KVM_CAP_MEMORY_ATTRIBUTES));
+}
+
+int main(int argc, char *argv[])
+{
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM));
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES));
+
+	return test_harness_run(argc, argv);
+}

@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Conversion of guest_memfd memory between private and shared, in place
+ */
+
+/**
+ * DOC: conversion of guest_memfd pages
+ *
+ * A conversion changes all of a range, or nothing.  It has three steps:
+ *
+ * - Prepare: get the memory that the change needs.  If memory becomes private, take
+ *   it away from the host: unmap it, and see that nobody still uses it.  This may
+ *   fail, and all that is left of it then is memory that the host has to fault in
+ *   again.
+ * - Commit: unmap the range from all guests, tell the architecture, and change the
+ *   attributes.  This cannot fail.
+ * - Abort: give back what prepare has got.
+ *
+ * All of it happens under the mapping's invalidate_lock, held exclusively.  That
+ * keeps new users away: faults of the host and of guests take the lock shared and
+ * look at the attributes under it.  Those that had it before have no effect any
+ * more, either.
+ *
+ * - A fault of the host holds the folio lock until its page table entry is written.
+ *   So once a folio has been locked it is mapped, and can be unmapped, or it is not
+ *   going to be.
+ * - A guest's fault has dropped its reference together with the lock, and finds out
+ *   by mmu_invalidate_seq.
+ *
+ * References that are left then belong to somebody who has got the page before, for
+ * as long as he likes, and who could write to it whatever the attributes say; or
+ * to somebody who needs it for a moment, such as a lookup in the page cache, or an
+ * munmap() that has yet to flush TLBs.  The latter are waited for.
+ */
+#include <linux/delay.h>
+#include <linux/folio_batch.h>
+#include <linux/ktime.h>
+#include <linux/kvm_host.h>
+#include <linux/pagemap.h>
+#include <linux/sched/signal.h>
+#include <linux/swap.h>
+
+#include "guest_memfd.h"
+
+/* For how long a conversion waits for references to go, all in all. */
+#define GMEM_CONVERT_WAIT_MS	10
+
+/**
+ * struct gmem_conversion - a conversion on its way
+ * @inode: whose memory is converted
+ * @start: index of the first page
+ * @end: index after the last page
+ * @attributes: KVM_MEMORY_ATTRIBUTE_* that the range shall have
+ * @change: the new attributes, ready to be stored
+ * @drained: which of the CPUs' batches of folios have been emptied
+ * @deadline: end of all waiting, or 0 if there has been none
+ * @error: index of the page that is to blame if the conversion fails
+ */
+struct gmem_conversion {
+	struct inode *inode;
+	pgoff_t start;
+	pgoff_t end;
+	u64 attributes;
+	struct gmem_attributes_change change;
+	enum lru_cache_drained drained;
+	ktime_t deadline;
+	pgoff_t error;
+};
+
+static bool gmem_convert_to_private(const struct gmem_conversion *c)
+{
+	return c->attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE;
+}
+
+typedef int (*gmem_convert_fn)(struct gmem_conversion *c, struct folio *folio);
+
+/*
+ * Call @fn for every folio that the file has in the range, with a reference, until
+ * it returns an error, or until the task is killed if @killable.
+ */
+static int gmem_convert_walk_folios(struct gmem_conversion *c, bool killable,
+				    gmem_convert_fn fn)
+{
+	struct address_space *mapping = c->inode->i_mapping;
+	pgoff_t index = c->start;
+	struct folio_batch fbatch;
+	unsigned int i;
+	int r = 0;
+
+	folio_batch_init(&fbatch);
+	while (!r && filemap_get_folios(mapping, &index, c->end - 1, &fbatch)) {
+		for (i = 0; i < folio_batch_count(&fbatch) && !r; i++)
+			r = fn(c, fbatch.folios[i]);
+		folios_put(&fbatch);
+		cond_resched();
+		if (!r && killable && fatal_signal_pending(current))
+			r = -EINTR;
+	}
+
+	return r;
+}
+
+/* Unmap what a fault on the host has mapped since the range was unmapped. */
+static int gmem_convert_unmap_folio(struct gmem_conversion *c, struct folio *folio)
+{
+	if (folio_lock_killable(folio))
+		return -EINTR;
+
+	if (folio_mapped(folio))
+		unmap_mapping_pages(folio->mapping, folio->index,
+				    folio_nr_pages(folio), false);
+	folio_unlock(folio);
+	return 0;
+}
+
+/* Whether the page cache and the caller are the only users of an unmapped folio. */
+static bool gmem_convert_is_unused(struct folio *folio)
+{
+	int surplus = folio_ref_count(folio) - folio_expected_ref_count(folio) - 1;
+
+	/* memory_failure() keeps a reference to what it has poisoned. */
+	return !surplus || (surplus == 1 && folio_test_hwpoison(folio));
+}
+
+/* Wait a little, unless that has been done for long enough. */
+static bool gmem_convert_wait(struct gmem_conversion *c)
+{
+	ktime_t now = ktime_get();
+
+	if (!c->deadline)
+		c->deadline = ktime_add_ms(now, GMEM_CONVERT_WAIT_MS);
+	if (ktime_after(now, c->deadline))
+		return false;
+
+	usleep_range(50, 100);
+	return true;
+}
+
+static int gmem_convert_check_folio(struct gmem_conversion *c, struct folio *folio)
+{
+	if (gmem_convert_is_unused(folio))
+		return 0;
+
+	lru_cache_drain_for_folio(folio, 1, &c->drained);
+
+	while (!gmem_convert_is_unused(folio)) {
+		if (!gmem_convert_wait(c)) {
+			c->error = folio->index;
+			return -EAGAIN;
+		}
+	}
+
+	return 0;
+}
+
+/*
+ * Take the range away from the host.  All folios are unmapped before the first one
+ * is checked: unmapping leaves folios in the CPUs' batches, which are to be emptied
+ * no more than once.
+ */
+static int gmem_convert_take_from_host(struct gmem_conversion *c)
+{
+	int r;
+
+	unmap_mapping_pages(c->inode->i_mapping, c->start, c->end - c->start, false);
+
+	r = gmem_convert_walk_folios(c, true, gmem_convert_unmap_folio);
+	if (r)
+		return r;
+
+	return gmem_convert_walk_folios(c, true, gmem_convert_check_folio);
+}
+
+static int gmem_convert_prepare(struct gmem_conversion *c)
+{
+	int r;
+
+	r = gmem_attributes_prepare(&GMEM_I(c->inode)->attributes, &c->change,
+				    c->start, c->end, c->attributes,
+				    GFP_KERNEL_ACCOUNT);
+	if (r || !gmem_convert_to_private(c))
+		return r;
+
+	r = gmem_convert_take_from_host(c);
+	if (r)
+		gmem_attributes_abort(&c->change);
+
+	return r;
+}
+
+#ifdef CONFIG_HAVE_KVM_ARCH_GMEM_RECLAIM
+static int gmem_convert_make_shared(struct gmem_conversion *c, struct folio *folio)
+{
+	kvm_arch_gmem_reclaim(folio_pfn(folio), folio_nr_pages(folio));
+	return 0;
+}
+
+static void gmem_convert_give_to_host(struct gmem_conversion *c)
+{
+	gmem_convert_walk_folios(c, false, gmem_convert_make_shared);
+}
+#else
+static void gmem_convert_give_to_host(struct gmem_conversion *c)
+{
+}
+#endif
+
+static void gmem_convert_commit(struct gmem_conversion *c)
+{
+	kvm_gmem_invalidate_start(c->inode, c->start, c->end);
+
+	if (!gmem_convert_to_private(c))
+		gmem_convert_give_to_host(c);
+	gmem_attributes_commit(&c->change);
+
+	kvm_gmem_invalidate_end(c->inode, c->start, c->end);
+}
+
+/**
+ * kvm_gmem_convert - Make a range of a guest_memfd file private or shared
+ * @inode: the file's inode
+ * @start: index of the first page
+ * @end: index after the last page, not after the end of the file
+ * @attributes: KVM_MEMORY_ATTRIBUTE_* that the range shall have
+ * @error: set to the index of the page that is to blame for -EAGAIN, else @start
+ *
+ * Memory keeps its contents, and so do pages that are not allocated keep being
+ * that: they are what @attributes says once they are.
+ *
+ * Context: May sleep, takes invalidate_lock.
+ * Return: 0 if the range has these attributes now, -ENOMEM, -EINTR if the task is
+ *	   being killed, -EOPNOTSUPP if the file has huge pages, which cannot be
+ *	   split, or -EAGAIN if somebody has a reference to a page that shall
+ *	   become private.  After an error all attributes are as they were.
+ */
+int kvm_gmem_convert(struct inode *inode, pgoff_t start, pgoff_t end,
+		     u64 attributes, pgoff_t *error)
+{
+	struct address_space *mapping = inode->i_mapping;
+	struct gmem_conversion c = {
+		.inode = inode,
+		.start = start,
+		.end = end,
+		.attributes = attributes,
+		.drained = LRU_CACHE_NOT_DRAINED,
+		.error = start,
+	};
+	int r = 0;
+
+	filemap_invalidate_lock(mapping);
+
+	if (gmem_attributes_are(&GMEM_I(inode)->attributes, start, end, attributes))
+		goto out;
+
+	r = -EOPNOTSUPP;
+	if (GMEM_I(inode)->allocator.order)
+		goto out;
+
+	r = gmem_convert_prepare(&c);
+	if (r)
+		goto out;
+
+	gmem_convert_commit(&c);
+out:
+	filemap_invalidate_unlock(mapping);
+	*error = c.error;
+	return r;
+}
