@@ -81,6 +81,9 @@ EXPORT_SYMBOL_IF_KUNIT(gmem_attributes_init);
  */
 void gmem_attributes_destroy(struct gmem_attributes *ga)
 {
+	if (!ga->nr_pages)
+		return;
+
 	/* The lock goes away with the inode, and there is nobody to exclude. */
 	mt_on_stack(ga->tree);
 	__mt_destroy(&ga->tree);
