@@ -23,13 +23,10 @@
  * at some time during the call.  Whoever needs to know more holds the lock, or
  * looks at mmu_invalidate_seq afterward, as vCPU faults do.
  */
-#include <linux/export.h>
 #include <linux/kvm_types.h>
 #include <linux/rcupdate.h>
 #include <linux/rwsem.h>
 #include <linux/xarray.h>
-
-#include <kunit/visibility.h>
 
 #include "gmem_attributes.h"
 
@@ -71,7 +68,6 @@ int gmem_attributes_init(struct gmem_attributes *ga, struct rw_semaphore *lock,
 
 	return r;
 }
-EXPORT_SYMBOL_IF_KUNIT(gmem_attributes_init);
 
 /**
  * gmem_attributes_destroy - Free what a file's attributes take
@@ -88,7 +84,6 @@ void gmem_attributes_destroy(struct gmem_attributes *ga)
 	mt_on_stack(ga->tree);
 	__mt_destroy(&ga->tree);
 }
-EXPORT_SYMBOL_IF_KUNIT(gmem_attributes_destroy);
 
 /**
  * gmem_attributes_get - Look up the attributes of a page, and how far they hold
@@ -117,7 +112,6 @@ struct gmem_attributes_range gmem_attributes_get(struct gmem_attributes *ga,
 
 	return range;
 }
-EXPORT_SYMBOL_IF_KUNIT(gmem_attributes_get);
 
 /**
  * gmem_attributes_are - Tell whether all pages of a range have these attributes
@@ -135,7 +129,6 @@ bool gmem_attributes_are(struct gmem_attributes *ga, pgoff_t start, pgoff_t end,
 
 	return range.attributes == attributes && range.last >= end - 1;
 }
-EXPORT_SYMBOL_IF_KUNIT(gmem_attributes_are);
 
 /**
  * gmem_attributes_prepare - Get everything that a change of attributes needs
@@ -180,7 +173,6 @@ int gmem_attributes_prepare(struct gmem_attributes *ga,
 	mas_set_range(&change->mas, first, last);
 	return mas_preallocate(&change->mas, attributes_to_entry(attributes), gfp);
 }
-EXPORT_SYMBOL_IF_KUNIT(gmem_attributes_prepare);
 
 /**
  * gmem_attributes_commit - Make a prepared change
@@ -192,7 +184,6 @@ void gmem_attributes_commit(struct gmem_attributes_change *change)
 {
 	mas_store_prealloc(&change->mas, attributes_to_entry(change->attributes));
 }
-EXPORT_SYMBOL_IF_KUNIT(gmem_attributes_commit);
 
 /**
  * gmem_attributes_abort - Drop a prepared change
@@ -204,4 +195,3 @@ void gmem_attributes_abort(struct gmem_attributes_change *change)
 {
 	mas_destroy(&change->mas);
 }
-EXPORT_SYMBOL_IF_KUNIT(gmem_attributes_abort);

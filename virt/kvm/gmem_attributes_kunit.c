@@ -10,7 +10,6 @@
 #include <linux/bitmap.h>
 #include <linux/fault-inject.h>
 #include <linux/kvm.h>
-#include <linux/module.h>
 #include <linux/rwsem.h>
 #include <linux/sizes.h>
 
@@ -309,7 +308,3 @@ static struct kunit_suite gmem_attributes_test_suite = {
 };
 
 kunit_test_suite(gmem_attributes_test_suite);
-
-MODULE_IMPORT_NS("EXPORTED_FOR_KUNIT_TESTING");
-MODULE_DESCRIPTION("KUnit tests of guest_memfd's attributes");
-MODULE_LICENSE("GPL");
