@@ -89,6 +89,21 @@ struct cost {
 	u64 pages_4k, pages_2m, pages_1g;
 };
 
+/* The guest does it to all of its memory, visibly. */
+static void guest_does(struct demo_vm *d, enum gmem_op op, const char *what)
+{
+	u64 done;
+
+	printf("%s ", what);
+	fflush(stdout);
+	for (done = 0; done < VM_SIZE; done += CHUNK) {
+		gmem_guest_do(d->vcpu, op, GMEM_GPA + done, CHUNK,
+			      GMEM_EVERY_4K, PATTERN + done);
+		printf(".");
+		fflush(stdout);
+	}
+}
+
 /* Real guest code writes a word to every 4 KiB page, then finds all of them. */
 static void touch_all(struct demo_vm *d, struct cost *c)
 {
@@ -96,26 +111,11 @@ static void touch_all(struct demo_vm *d, struct cost *c)
 	u64 p4k = vm_get_stat(d->vm, pages_4k);
 	long tables = guest_tables();
 	long long start = now_ns();
-	u64 done;
 
-	printf("  the guest writes to every 4 KiB of its memory ");
-	fflush(stdout);
-	for (done = 0; done < VM_SIZE; done += CHUNK) {
-		gmem_guest_do(d->vcpu, GMEM_WRITE, GMEM_GPA + done, CHUNK,
-			      GMEM_EVERY_4K, PATTERN + done);
-		printf(".");
-		fflush(stdout);
-	}
+	guest_does(d, GMEM_WRITE, "  the guest writes to every 4 KiB of its memory");
 	c->seconds_10 = (now_ns() - start) / 100000000;
 	c->faults = vcpu_get_stat(d->vcpu, pf_fixed) - before;
-	printf(" and reads it back ");
-	fflush(stdout);
-	for (done = 0; done < VM_SIZE; done += CHUNK) {
-		gmem_guest_do(d->vcpu, GMEM_CHECK, GMEM_GPA + done, CHUNK,
-			      GMEM_EVERY_4K, PATTERN + done);
-		printf(".");
-		fflush(stdout);
-	}
+	guest_does(d, GMEM_CHECK, " and reads it back");
 	printf(" all there\n");
 
 	c->tables_kb = guest_tables() - tables;

@@ -348,6 +348,21 @@ static unsigned int compare(const struct snapshot *before,
 	return differ;
 }
 
+/* For whoever has to find out what is still charged. */
+static void report_charges(void)
+{
+	FILE *f = fopen(TEST_CGROUP "/memory.stat", "re");
+	char name[64];
+	long long value;
+
+	while (f && fscanf(f, "%63s %lld", name, &value) == 2) {
+		if (value)
+			verdict("stat %s %lld", name, value);
+	}
+	if (f)
+		fclose(f);
+}
+
 /* Frees may be deferred (RCU, workers, per-CPU lists): wait until it is so. */
 static void check_counters(const struct snapshot *before)
 {
@@ -359,8 +374,12 @@ static void check_counters(const struct snapshot *before)
 	for (;;) {
 		last = now_ms() >= end;
 		take_snapshot(&after);
-		if (!compare(before, &after, last) || last)
+		if (!compare(before, &after, last))
 			break;
+		if (last) {
+			report_charges();
+			break;
+		}
 		free_snapshot(&after);
 		sleep_ms(50);
 		put("/proc/sys/vm/drop_caches", "3");
