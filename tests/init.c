@@ -21,6 +21,7 @@
 #include <fcntl.h>
 #include <ftw.h>
 #include <glob.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -31,6 +32,7 @@
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/stat.h>
+#include <sys/sysinfo.h>
 #include <sys/sysmacros.h>
 #include <sys/utsname.h>
 #include <sys/wait.h>
@@ -43,9 +45,11 @@
 #define VERDICT_PORT	"/dev/vport0p2"
 #define CGROUP		"/sys/fs/cgroup"
 #define TEST_CGROUP	CGROUP "/test"
+#define PAGE_OWNER	"/sys/kernel/debug/page_owner"
 #define KMEMLEAK	"/sys/kernel/debug/kmemleak"
 
 /* mm/kmemleak.c does not report what is younger than this */
+#define PAGE_OWNER	"/sys/kernel/debug/page_owner"
 #define KMEMLEAK_AGE_MS	5000
 
 static struct {
@@ -348,6 +352,35 @@ static unsigned int compare(const struct snapshot *before,
 	return differ;
 }
 
+/*
+ * Slab objects that are freed from an interrupt may stay charged as bytes that
+ * the cgroup has in hand (nr_charged_bytes in mm/memcontrol.c), megabytes of
+ * them after the end of a large file.  They are given back when the stock of a
+ * CPU is filled again: empty the stocks, and have each CPU fill its own.
+ */
+static void give_back_charges(void)
+{
+	cpu_set_t cpu;
+	pid_t pid;
+	int i;
+
+	put(TEST_CGROUP "/memory.high", "0");
+	put(TEST_CGROUP "/memory.high", "max");
+	pid = fork();
+	if (!pid) {
+		put(TEST_CGROUP "/cgroup.procs", "0");
+		for (i = 0; i < get_nprocs(); i++) {
+			CPU_ZERO(&cpu);
+			CPU_SET(i, &cpu);
+			if (!sched_setaffinity(0, sizeof(cpu), &cpu))
+				close(open("/dev/null", O_RDWR | O_CLOEXEC));
+		}
+		_exit(0);
+	}
+	if (pid > 0)
+		waitpid(pid, NULL, 0);
+}
+
 /* For whoever has to find out what is still charged. */
 static void report_charges(void)
 {
@@ -361,6 +394,48 @@ static void report_charges(void)
 	}
 	if (f)
 		fclose(f);
+}
+
+/*
+ * Who has allocated the pages that are charged?  Each read() of the file is one
+ * page; those with the same stack are one line of the report.
+ */
+static void report_owners(void)
+{
+	static struct owner {
+		char *record, *stack;
+		unsigned int pages;
+	} owners[32];
+	unsigned int nr = 0, i;
+	char buf[4096], *stack, *line;
+	ssize_t n;
+	int fd;
+
+	fd = open(PAGE_OWNER, O_RDONLY | O_CLOEXEC);
+	while (fd >= 0 && (n = read(fd, buf, sizeof(buf) - 1)) > 0) {
+		buf[n] = '\0';
+		if (!strstr(buf, "memcg test\n"))
+			continue;
+		stack = strstr(buf, "\n ");
+		for (i = 0; i < nr && stack; i++) {
+			if (owners[i].stack && !strcmp(owners[i].stack, stack))
+				break;
+		}
+		if (i == nr && nr < ARRAY_SIZE(owners)) {
+			owners[nr].record = strdup(buf);
+			owners[nr].stack = stack ? strstr(owners[nr].record, "\n ") : NULL;
+			nr++;
+		}
+		if (i < nr)
+			owners[i].pages++;
+	}
+	close(fd);
+	for (i = 0; i < nr; i++) {
+		verdict("owner of %u allocations, the first:", owners[i].pages);
+		for (line = strtok(owners[i].record, "\n"); line;
+		     line = strtok(NULL, "\n"))
+			verdict("owner  %s", line);
+	}
 }
 
 /* Frees may be deferred (RCU, workers, per-CPU lists): wait until it is so. */
@@ -378,11 +453,13 @@ static void check_counters(const struct snapshot *before)
 			break;
 		if (last) {
 			report_charges();
+			report_owners();
 			break;
 		}
 		free_snapshot(&after);
 		sleep_ms(50);
 		put("/proc/sys/vm/drop_caches", "3");
+		give_back_charges();
 	}
 	free_snapshot(&after);
 }
