@@ -467,15 +467,11 @@ FIXTURE(numa)
 
 FIXTURE_SETUP(numa)
 {
-	const char *reason = gmem_unavailable(SZ_2M);
+	const char *reason = gmem_two_nodes_unavailable(NUMA_PAGES);
 
 	if (reason)
 		SKIP(return, "%s", reason);
-	if (!hugetlb_has_node(SZ_2M, 1))
-		SKIP(return, "needs two NUMA nodes");
 
-	hugetlb_write_node(SZ_2M, 0, "nr_hugepages", NUMA_PAGES);
-	hugetlb_write_node(SZ_2M, 1, "nr_hugepages", NUMA_PAGES);
 	self->vm = create_private_vm();
 	hugetlb_get(SZ_2M, &self->before);
 	self->fd = vm_create_guest_memfd(self->vm, NUMA_PAGES * SZ_2M,

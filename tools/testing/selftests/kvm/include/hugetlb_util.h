@@ -72,6 +72,9 @@ static inline u64 gmem_flags(size_t page_size)
 /* Why files of @page_size pages can't be tested here, or NULL. */
 const char *gmem_unavailable(size_t page_size);
 
+/* As gmem_unavailable(SZ_2M), with @nr such pages on each of two nodes. */
+const char *gmem_two_nodes_unavailable(long nr);
+
 /* Bring the pools to the sizes above, what was there returns at exit. */
 void gmem_prepare_pools(void);
 

@@ -390,6 +390,20 @@ const char *gmem_unavailable(size_t page_size)
 	return reason;
 }
 
+const char *gmem_two_nodes_unavailable(long nr)
+{
+	const char *reason = gmem_unavailable(SZ_2M);
+
+	if (reason)
+		return reason;
+	if (!hugetlb_has_node(SZ_2M, 1))
+		return "needs two NUMA nodes";
+
+	hugetlb_write_node(SZ_2M, 0, "nr_hugepages", nr);
+	hugetlb_write_node(SZ_2M, 1, "nr_hugepages", nr);
+	return NULL;
+}
+
 u64 gmem_blocks(int fd)
 {
 	struct stat st;

@@ -603,15 +603,11 @@ FIXTURE(numa)
 
 FIXTURE_SETUP(numa)
 {
-	const char *reason = gmem_unavailable(SZ_2M);
+	const char *reason = gmem_two_nodes_unavailable(8);
 
 	if (reason)
 		SKIP(return, "%s", reason);
-	if (!hugetlb_has_node(SZ_2M, 1))
-		SKIP(return, "needs two NUMA nodes");
 
-	hugetlb_write_node(SZ_2M, 0, "nr_hugepages", 8);
-	hugetlb_write_node(SZ_2M, 1, "nr_hugepages", 8);
 	self->vm = gmem_vm_create(1, &self->vcpu);
 	self->fd = vm_create_guest_memfd(self->vm, 4 * SZ_2M, gmem_flags(SZ_2M));
 	gmem_add_slot(self->vm, GMEM_SLOT, GMEM_GPA, 4 * SZ_2M, self->fd, 0);
