@@ -49,7 +49,6 @@
 #define KMEMLEAK	"/sys/kernel/debug/kmemleak"
 
 /* mm/kmemleak.c does not report what is younger than this */
-#define PAGE_OWNER	"/sys/kernel/debug/page_owner"
 #define KMEMLEAK_AGE_MS	5000
 
 static struct {

@@ -118,6 +118,9 @@ static bool gmem_convert_is_unused(struct folio *folio)
 {
 	int surplus = folio_ref_count(folio) - folio_expected_ref_count(folio) - 1;
 
+	if (folio_mapped(folio))
+		return false;
+
 	/* memory_failure() keeps a reference to what it has poisoned. */
 	return !surplus || (surplus == 1 && folio_test_hwpoison(folio));
 }
@@ -175,6 +178,8 @@ static int gmem_convert_prepare(struct gmem_conversion *c)
 {
 	int r;
 
+	lockdep_assert_held_write(&c->inode->i_mapping->invalidate_lock);
+
 	r = gmem_attributes_prepare(&GMEM_I(c->inode)->attributes, &c->change,
 				    c->start, c->end, c->attributes,
 				    GFP_KERNEL_ACCOUNT);
@@ -205,9 +210,17 @@ static void gmem_convert_give_to_host(struct gmem_conversion *c)
 }
 #endif
 
+/*
+ * Guests lose what they have mapped as what it is not any more, and keep the rest:
+ * TDX cannot unmap private memory without losing what is in it.
+ */
 static void gmem_convert_commit(struct gmem_conversion *c)
 {
-	kvm_gmem_invalidate_start(c->inode, c->start, c->end);
+	lockdep_assert_held_write(&c->inode->i_mapping->invalidate_lock);
+
+	kvm_gmem_invalidate_start_filter(c->inode, c->start, c->end,
+					 gmem_convert_to_private(c) ?
+					 KVM_FILTER_SHARED : KVM_FILTER_PRIVATE);
 
 	if (!gmem_convert_to_private(c))
 		gmem_convert_give_to_host(c);

@@ -266,7 +266,7 @@ TEST_F_TIMEOUT(cgroup, memory_is_not_charged_otherwise, SLOW)
 	int fd;
 
 	if (page == SZ_1G)
-		return;
+		SKIP(return, "would clear 2 GiB, on the way that 4 MiB go as well");
 
 	set_hugetlb_accounting(false);
 	charged = cg_read_long(hugetlb_cgroup_path(), "memory.current");

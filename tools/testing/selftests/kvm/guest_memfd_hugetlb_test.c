@@ -717,6 +717,23 @@ TEST_F_TIMEOUT(hugetlb, vm_without_private_memory_is_refused, SLOW)
 	kvm_vm_free(vm);
 }
 
+/*
+ * What is part of the ABI, in figures: the headers are the kernel's own.
+ */
+kvm_static_assert(GUEST_MEMFD_FLAG_HUGETLB == 1ull << 25);
+kvm_static_assert(GUEST_MEMFD_FLAG_HUGETLB_2MB == 21ull << 26);
+kvm_static_assert(GUEST_MEMFD_FLAG_HUGETLB_1GB == 30ull << 26);
+kvm_static_assert(KVM_CAP_GUEST_MEMFD_HUGETLB == 253);
+
+TEST(bad_pointer)
+{
+	struct kvm_vm *vm = create_private_vm();
+
+	EXPECT_EQ(-1, ioctl(vm->fd, KVM_CREATE_GUEST_MEMFD, NULL));
+	EXPECT_EQ(EFAULT, errno);
+	kvm_vm_free(vm);
+}
+
 int main(int argc, char *argv[])
 {
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM));

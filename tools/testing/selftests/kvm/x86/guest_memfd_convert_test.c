@@ -19,6 +19,7 @@
 
 #include "kvm_test_harness.h"
 #include "gmem_guest.h"
+#include "hugetlb_util.h"
 #include "kvm_util.h"
 #include "processor.h"
 #include "test_util.h"
@@ -37,6 +38,7 @@
 struct convert_test {
 	struct kvm_vm *vm;
 	struct kvm_vcpu *vcpu;
+	struct kvm_vcpu *victim;	/* does what ends in an error */
 	char *mem;
 	int fd;
 };
@@ -64,6 +66,19 @@ FIXTURE_VARIANT_ADD(convert, shared)
 	.attributes = SHARED,
 };
 
+/* What is part of the ABI, in figures: the headers are the kernel's own. */
+kvm_static_assert(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES == 252);
+kvm_static_assert(KVM_SET_MEMORY_ATTRIBUTES2 == 0xc080aed2);
+kvm_static_assert(KVM_MEMORY_ATTRIBUTE_PRIVATE == 1 << 3);
+kvm_static_assert(sizeof(struct kvm_memory_attributes2) == 128);
+kvm_static_assert(offsetof(struct kvm_memory_attributes2, address) == 0);
+kvm_static_assert(offsetof(struct kvm_memory_attributes2, offset) == 0);
+kvm_static_assert(offsetof(struct kvm_memory_attributes2, size) == 8);
+kvm_static_assert(offsetof(struct kvm_memory_attributes2, attributes) == 16);
+kvm_static_assert(offsetof(struct kvm_memory_attributes2, flags) == 24);
+kvm_static_assert(offsetof(struct kvm_memory_attributes2, error_offset) == 32);
+kvm_static_assert(offsetof(struct kvm_memory_attributes2, reserved) == 40);
+
 static int __convert(int fd, u64 offset, u64 size, u64 attributes, u64 *error)
 {
 	struct kvm_memory_attributes2 attrs = {
@@ -90,7 +105,14 @@ static void convert(int fd, u64 offset, u64 size, u64 attributes)
 
 FIXTURE_SETUP(convert)
 {
-	self->t.vm = gmem_vm_create(1, &self->t.vcpu);
+	struct kvm_vcpu *vcpus[2];
+
+	if (!kvm_check_cap(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES))
+		SKIP(return, "kvm.gmem_in_place_conversion is off");
+
+	self->t.vm = gmem_vm_create(2, vcpus);
+	self->t.vcpu = vcpus[0];
+	self->t.victim = vcpus[1];
 	self->t.fd = vm_create_guest_memfd(self->t.vm, FILE_SIZE, variant->flags);
 	vm_set_user_memory_region2(self->t.vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD,
 				   GMEM_GPA, FILE_SIZE, NULL, self->t.fd, 0);
@@ -229,17 +251,291 @@ TEST_F(convert, punch_keeps_attributes)
 	check_all(&self->t, BIT(1), values);
 }
 
+/* The page that the host has mapped at @p, or 0. */
+static u64 host_pfn(void *p)
+{
+	u64 entry;
+	int fd;
+
+	fd = open_path_or_exit("/proc/self/pagemap", O_RDONLY);
+	TEST_ASSERT_EQ(pread(fd, &entry, 8, (uintptr_t)p / SZ_4K * 8), 8);
+	kvm_close(fd);
+	return entry >> 63 ? entry & GENMASK_ULL(54, 0) : 0;
+}
+
 TEST_F(convert, same_again_touches_nothing)
 {
-	char vec[NR_PAGES];
+	long maps;
 
 	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	guest_write(&self->t, 0, VALUE(1));
+	maps = vcpu_get_stat(self->t.vcpu, pf_taken);
 	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	guest_write(&self->t, 0, VALUE(2));
+	EXPECT_EQ(maps, vcpu_get_stat(self->t.vcpu, pf_taken));
+
 	convert(self->t.fd, 0, FILE_SIZE, SHARED);
 	*word(&self->t, 0) = 1;
+	EXPECT_NE(0, host_pfn(word(&self->t, 0)));
 	convert(self->t.fd, 0, FILE_SIZE, SHARED);
-	ASSERT_EQ(0, mincore(self->t.mem, FILE_SIZE, (unsigned char *)vec));
-	EXPECT_EQ(1, vec[0] & 1);
+	EXPECT_NE(0, host_pfn(word(&self->t, 0)));
+	convert(self->t.fd, SZ_4K, SZ_4K, PRIVATE);
+	EXPECT_NE(0, host_pfn(word(&self->t, 0)));
+	convert(self->t.fd, 0, SZ_4K, PRIVATE);
+	EXPECT_EQ(0, host_pfn(word(&self->t, 0)));
+}
+
+/* Both kinds of memory, allocated or not, and none of it is touched by the guest. */
+TEST_F(convert, pre_fault)
+{
+	struct kvm_pre_fault_memory range = { .gpa = GMEM_GPA, .size = FILE_SIZE };
+	u64 values[NR_PAGES] = {}, mapped;
+	struct stat st;
+	long faults;
+	int r;
+
+	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	*word(&self->t, 1) = values[1] = VALUE(1);
+	convert(self->t.fd, SZ_8K, SZ_8K, PRIVATE);
+	mapped = vm_get_stat(self->t.vm, pages_4k);
+	do {
+		r = __vcpu_ioctl(self->t.vcpu, KVM_PRE_FAULT_MEMORY, &range);
+	} while ((!r && range.size) || (r && errno == EINTR));
+	ASSERT_EQ(0, r);
+	EXPECT_EQ(mapped + NR_PAGES, vm_get_stat(self->t.vm, pages_4k));
+	ASSERT_EQ(0, fstat(self->t.fd, &st));
+	EXPECT_EQ(FILE_SIZE / 512, st.st_blocks);
+
+	faults = vcpu_get_stat(self->t.vcpu, pf_taken);
+	check_all(&self->t, BIT(0) | BIT(1), values);
+	EXPECT_EQ(faults, vcpu_get_stat(self->t.vcpu, pf_taken));
+}
+
+/* The size of a file is for ever, whatever is private. */
+TEST_F(convert, truncation)
+{
+	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) };
+	int i;
+
+	for (i = 0; i < NR_PAGES; i++)
+		guest_write(&self->t, i, values[i]);
+	convert(self->t.fd, 0, SZ_8K, PRIVATE);
+	convert(self->t.fd, SZ_8K, SZ_8K, SHARED);
+	for (i = 0; i <= 2 * NR_PAGES; i++) {
+		if (i == NR_PAGES)
+			continue;
+		EXPECT_EQ(-1, ftruncate(self->t.fd, i * SZ_4K));
+		EXPECT_EQ(EINVAL, errno);
+	}
+	check_all(&self->t, BIT(2) | BIT(3), values);
+}
+
+/* Two files and three slots: what is converted is the memory, and no other. */
+TEST_F(convert, several_files_and_slots)
+{
+	const gpa_t gpa = GMEM_GPA + SZ_1M;
+	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) };
+	struct convert_test other = self->t;
+	int i;
+
+	/* The halves of the second file change places. */
+	other.fd = vm_create_guest_memfd(self->t.vm, FILE_SIZE, variant->flags);
+	other.mem = kvm_mmap(FILE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, other.fd);
+	for (i = 0; i < 2; i++)
+		vm_set_user_memory_region2(self->t.vm, GMEM_SLOT + 1 + i,
+					   KVM_MEM_GUEST_MEMFD, gpa + i * SZ_8K,
+					   SZ_8K, NULL, other.fd, SZ_8K - i * SZ_8K);
+	for (i = 0; i < NR_PAGES; i++) {
+		guest_write(&self->t, i, values[i]);
+		gmem_guest_do(self->t.vcpu, GMEM_WRITE, gpa + (i ^ 2) * SZ_4K, 8, 8,
+			      ~values[i]);
+	}
+
+	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	convert(other.fd, 0, FILE_SIZE, SHARED);
+	convert(other.fd, SZ_4K, SZ_8K, PRIVATE);
+	check_all(&self->t, 0, values);
+	for (i = 0; i < NR_PAGES; i++) {
+		if (i == 0 || i == 3)
+			TEST_ASSERT_EQ(READ_ONCE(*word(&other, i)), ~values[i]);
+		else
+			TEST_EXPECT_SIGBUS(READ_ONCE(*word(&other, i)));
+		gmem_guest_do(self->t.vcpu, GMEM_CHECK, gpa + (i ^ 2) * SZ_4K, 8, 8,
+			      ~values[i]);
+	}
+
+	kvm_munmap(other.mem, FILE_SIZE);
+	kvm_close(other.fd);
+}
+
+/* Another VM with the same gfns. */
+TEST_F(convert, another_vm)
+{
+	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) };
+	u64 others[NR_PAGES] = { VALUE(4), VALUE(5), VALUE(6), VALUE(7) };
+	struct convert_test other;
+	int i;
+
+	other.vm = gmem_vm_create(1, &other.vcpu);
+	other.fd = vm_create_guest_memfd(other.vm, FILE_SIZE, variant->flags);
+	vm_set_user_memory_region2(other.vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD,
+				   GMEM_GPA, FILE_SIZE, NULL, other.fd, 0);
+	other.mem = kvm_mmap(FILE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, other.fd);
+	for (i = 0; i < NR_PAGES; i++) {
+		guest_write(&self->t, i, values[i]);
+		guest_write(&other, i, others[i]);
+	}
+	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	convert(other.fd, 0, FILE_SIZE, PRIVATE);
+	check_all(&self->t, -1ul, values);
+	check_all(&other, 0, others);
+	convert(self->t.fd, SZ_4K, SZ_4K, PRIVATE);
+	convert(other.fd, SZ_8K, SZ_4K, SHARED);
+	check_all(&self->t, ~BIT(1), values);
+	check_all(&other, BIT(2), others);
+
+	kvm_munmap(other.mem, FILE_SIZE);
+	kvm_vm_free(other.vm);
+	kvm_close(other.fd);
+}
+
+/* Shared memory that the host cannot map is the guest's all the same. */
+TEST_F(convert, file_without_mmap)
+{
+	const gpa_t gpa = GMEM_GPA + SZ_1M;
+	struct kvm_vcpu *vcpu = self->t.vcpu;
+	int i, fd;
+
+	fd = vm_create_guest_memfd(self->t.vm, FILE_SIZE,
+				   variant->flags & ~GUEST_MEMFD_FLAG_MMAP);
+	vm_set_user_memory_region2(self->t.vm, GMEM_SLOT + 1, KVM_MEM_GUEST_MEMFD,
+				   gpa, FILE_SIZE, NULL, fd, 0);
+	EXPECT_EQ(MAP_FAILED, mmap(NULL, FILE_SIZE, PROT_READ, MAP_SHARED, fd, 0));
+	gmem_guest_do(vcpu, GMEM_WRITE, gpa, FILE_SIZE, 8, VALUE(1));
+	for (i = 0; i < 4; i++) {
+		convert(fd, SZ_4K, SZ_8K, i & 1 ? PRIVATE : SHARED);
+		gmem_guest_do(vcpu, GMEM_CHECK, gpa, FILE_SIZE, 8, VALUE(1));
+		convert(fd, 0, FILE_SIZE, i & 2 ? PRIVATE : SHARED);
+		gmem_guest_do(vcpu, GMEM_CHECK, gpa, FILE_SIZE, 8, VALUE(1));
+	}
+	kvm_close(fd);
+}
+
+/* Huge pages would have to be split, which cannot be done yet. */
+TEST_F(convert, huge_pages_cannot_be_converted)
+{
+	const char *reason = gmem_unavailable(SZ_2M);
+	u64 error;
+	int fd;
+
+	if (reason)
+		SKIP(return, "%s", reason);
+
+	fd = vm_create_guest_memfd(self->t.vm, SZ_2M, gmem_flags(SZ_2M));
+	vm_set_user_memory_region2(self->t.vm, GMEM_SLOT + 1, KVM_MEM_GUEST_MEMFD,
+				   GMEM_GPA + SZ_2M, SZ_2M, NULL, fd, 0);
+	EXPECT_EQ(-1, __convert(fd, 0, SZ_4K, SHARED, &error));
+	EXPECT_EQ(EOPNOTSUPP, errno);
+	EXPECT_EQ(-1, __convert(fd, 0, SZ_2M, SHARED, &error));
+	EXPECT_EQ(EOPNOTSUPP, errno);
+	convert(fd, 0, SZ_2M, PRIVATE);
+	gmem_guest_do(self->t.vcpu, GMEM_WRITE, GMEM_GPA + SZ_2M, SZ_2M,
+		      GMEM_EVERY_4K, VALUE(1));
+	gmem_guest_do(self->t.vcpu, GMEM_CHECK, GMEM_GPA + SZ_2M, SZ_2M,
+		      GMEM_EVERY_4K, VALUE(1));
+	kvm_close(fd);
+}
+
+/*
+ * A page with an error: lost to all, and in nobody's way.
+ */
+#define POISON		"/sys/kernel/debug/hwpoison/corrupt-pfn"
+#define UNPOISON	"/sys/kernel/debug/hwpoison/unpoison-pfn"
+
+static int write_pfn(const char *path, u64 pfn)
+{
+	char buf[32];
+	int fd, r, len = snprintf(buf, sizeof(buf), "0x%lx", pfn);
+
+	fd = open_path_or_exit(path, O_WRONLY);
+	r = write(fd, buf, len) == len ? 0 : errno;
+	kvm_close(fd);
+	return r;
+}
+
+/* The guest's mapping goes a moment later than memory_failure() returns. */
+static int victim_reads_until_error(struct convert_test *self, int page)
+{
+	int i, r;
+
+	for (i = 0; i < 1000; i++) {
+		r = __gmem_guest_do(self->victim, GMEM_READ, GMEM_GPA + page * SZ_4K,
+				    8, 8, 0);
+		if (r)
+			return r;
+		usleep(10 * 1000);
+	}
+	return 0;
+}
+
+TEST_F(convert, memory_error)
+{
+	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) }, pfn;
+	struct stat st;
+	long faults;
+	int i, j;
+
+	if (access(UNPOISON, W_OK))
+		SKIP(return, "needs CONFIG_HWPOISON_INJECT and debugfs");
+
+	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	for (i = 0; i < NR_PAGES; i++) {
+		*word(&self->t, i) = values[i];
+		guest_check(&self->t, i, values[i]);
+	}
+	pfn = host_pfn(word(&self->t, 1));
+	ASSERT_NE(0, pfn);
+	/* memory_failure() takes it for a failure that the page stays in the file. */
+	ASSERT_EQ(EBUSY, write_pfn(POISON, pfn));
+
+	EXPECT_EQ(-EHWPOISON, victim_reads_until_error(&self->t, 1));
+	/* Its neighbours stay mapped. */
+	faults = vcpu_get_stat(self->t.vcpu, pf_taken);
+	for (i = 0; i < NR_PAGES; i++) {
+		if (i != 1)
+			guest_check(&self->t, i, values[i]);
+	}
+	EXPECT_EQ(faults, vcpu_get_stat(self->t.vcpu, pf_taken));
+
+	/* It can be converted like any other, and does not get lost for another. */
+	for (j = 0; j < 4; j++) {
+		TEST_EXPECT_SIGBUS(READ_ONCE(*word(&self->t, 1)));
+		/* The guest tries again where it was. */
+		EXPECT_EQ(-EHWPOISON, gmem_guest_run(self->t.victim));
+		for (i = 0; i < NR_PAGES; i++) {
+			if (i == 1)
+				continue;
+			if (j & 1)
+				TEST_EXPECT_SIGBUS(READ_ONCE(*word(&self->t, i)));
+			else
+				TEST_ASSERT_EQ(READ_ONCE(*word(&self->t, i)), values[i]);
+			guest_check(&self->t, i, values[i]);
+		}
+		ASSERT_EQ(0, fstat(self->t.fd, &st));
+		EXPECT_EQ(FILE_SIZE / 512, st.st_blocks);
+		convert(self->t.fd, 0, FILE_SIZE, j & 1 ? SHARED : PRIVATE);
+	}
+
+	/* A hole takes the page out of the file, and there is another one then. */
+	kvm_fallocate(self->t.fd, PUNCH_HOLE, SZ_4K, SZ_4K);
+	EXPECT_EQ(0, gmem_guest_run(self->t.victim));
+	/* Page tables of the host remember the error until they are emptied. */
+	TEST_EXPECT_SIGBUS(READ_ONCE(*word(&self->t, 1)));
+	ASSERT_EQ(0, madvise(word(&self->t, 1), SZ_4K, MADV_DONTNEED));
+	values[1] = 0;
+	check_all(&self->t, -1ul, values);
+	EXPECT_NE(pfn, host_pfn(word(&self->t, 1)));
+	ASSERT_EQ(0, write_pfn(UNPOISON, pfn));
 }
 
 /* What a child has mapped goes as well, and it can be had again. */
@@ -349,7 +645,7 @@ static void expect_doors(struct convert_test *self, int page, bool shared)
 
 TEST_F(convert, doors_are_shut_for_private_memory)
 {
-	char *again;
+	char *again, *to;
 	int i;
 
 	/* Never shared, never allocated; then in use; then just private. */
@@ -368,20 +664,19 @@ TEST_F(convert, doors_are_shut_for_private_memory)
 	for (i = 0; i < NR_PAGES; i++)
 		expect_doors(&self->t, i, false);
 
-	/* Another mapping, one that has moved, and one that came before. */
+	/* Another mapping, and one that has moved with the page in it. */
 	again = kvm_mmap(FILE_SIZE, PROT_READ, MAP_SHARED, self->t.fd);
 	TEST_EXPECT_SIGBUS(READ_ONCE(*again));
-	kvm_munmap(again, FILE_SIZE);
 	convert(self->t.fd, 0, FILE_SIZE, SHARED);
-	READ_ONCE(*self->t.mem);
-	again = mremap(self->t.mem, FILE_SIZE, FILE_SIZE, MREMAP_MAYMOVE | MREMAP_DONTUNMAP);
-	if (again != MAP_FAILED) {
-		READ_ONCE(*again);
-		convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
-		TEST_EXPECT_SIGBUS(READ_ONCE(*again));
-		TEST_EXPECT_SIGBUS(READ_ONCE(*self->t.mem));
-		kvm_munmap(again, FILE_SIZE);
-	}
+	READ_ONCE(*again);
+	to = kvm_mmap(FILE_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	ASSERT_EQ(to, mremap(again, FILE_SIZE, FILE_SIZE,
+			     MREMAP_MAYMOVE | MREMAP_FIXED, to));
+	EXPECT_NE(0, host_pfn(to));
+	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	EXPECT_EQ(0, host_pfn(to));
+	TEST_EXPECT_SIGBUS(READ_ONCE(*to));
+	kvm_munmap(to, FILE_SIZE);
 }
 
 TEST_F(convert, errors)
@@ -459,10 +754,52 @@ TEST_F(convert, capabilities)
 	EXPECT_EQ(0, vm_check_cap(self->t.vm, KVM_CAP_MEMORY_ATTRIBUTES));
 }
 
+/*
+ * Without the mode there is nothing of this, for any file.
+ */
+FIXTURE(off)
+{
+	struct kvm_vm *vm;
+};
+
+FIXTURE_SETUP(off)
+{
+	if (kvm_check_cap(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES))
+		SKIP(return, "kvm.gmem_in_place_conversion is on");
+
+	self->vm = vm_create_barebones_type(KVM_X86_SW_PROTECTED_VM);
+}
+
+FIXTURE_TEARDOWN(off)
+{
+	kvm_vm_free(self->vm);
+}
+
+TEST_F(off, nothing_can_be_converted)
+{
+	int fd = vm_create_guest_memfd(self->vm, FILE_SIZE, 0);
+
+	EXPECT_EQ(0, vm_check_cap(self->vm, KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES));
+	EXPECT_EQ(-1, __convert(fd, 0, FILE_SIZE, PRIVATE, NULL));
+	EXPECT_EQ(ENOTTY, errno);
+	EXPECT_EQ(-1, ioctl(fd, KVM_SET_MEMORY_ATTRIBUTES2, NULL));
+	EXPECT_EQ(ENOTTY, errno);
+	kvm_close(fd);
+}
+
+TEST_F(off, vm_has_the_attributes)
+{
+	EXPECT_EQ(PRIVATE, kvm_check_cap(KVM_CAP_MEMORY_ATTRIBUTES));
+	EXPECT_EQ(PRIVATE, vm_check_cap(self->vm, KVM_CAP_MEMORY_ATTRIBUTES));
+	EXPECT_EQ(-1, __vm_create_guest_memfd(self->vm, FILE_SIZE,
+					      GUEST_MEMFD_FLAG_INIT_SHARED));
+	EXPECT_EQ(EINVAL, errno);
+}
+
 int main(int argc, char *argv[])
 {
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM));
-	TEST_REQUIRE(kvm_check_cap(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES));
 
+	gmem_prepare_pools();
 	return test_harness_run(argc, argv);
 }
