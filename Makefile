@@ -9,7 +9,9 @@ S := ./scripts
 
 # Options of run, shell, kernel: DEBUG=1 takes the debug kernel, ICOUNT=1 counts
 # instructions instead of time, BASE=1 takes the unpatched kernel.
-run-options = $(if $(BASE),--base) $(if $(DEBUG),--debug) $(if $(ICOUNT),--icount) $(OPTIONS)
+on = $(filter-out 0,$(1))
+run-options = $(if $(call on,$(BASE)),--base) $(if $(call on,$(DEBUG)),--debug) \
+	$(if $(call on,$(ICOUNT)),--icount) $(OPTIONS)
 # LINUX= and KERNEL_TARBALL= go to scripts/fetch through the environment.
 export LINUX KERNEL_TARBALL JOBS GMEM_CACHE
 
@@ -29,7 +31,7 @@ shell: run-kernel ## the same with an interactive shell (DEBUG=1 ICOUNT=1 BASE=1
 need-cmd:
 	@$(if $(CMD),:,echo "usage: make run CMD='program arguments'" >&2; exit 2)
 run-kernel: keep-tree
-	@$S/kernel $(if $(BASE),--base) $(if $(DEBUG),--debug) >/dev/null
+	@$S/kernel $(if $(call on,$(BASE)),--base) $(if $(call on,$(DEBUG)),--debug) >/dev/null
 
 ##@ Set up
 .PHONY: deps fetch tree kernel kernel-debug
