@@ -54,7 +54,6 @@ SPLATS = [
     "INFO: trying to register non-static key.",
     "page: refcount:0 mapcount:0 mapping:0 index:0x0 pfn:0x1",
     "Out of memory: Killed process 12 (test) total-vm:1kB",
-    "HugeTLB: allocating 2 of page size 1.00 GiB failed.",
     "[Redzone overwritten] 0x1-0x2 @offset=1",
     "VFS: Busy inodes after unmount of guest_memfd",
     "unreferenced object 0xffff888000000000 (size 64):",

@@ -58,7 +58,14 @@ int gmem_attributes_init(struct gmem_attributes *ga, struct rw_semaphore *lock,
 	int r;
 
 	ga->nr_pages = nr_pages;
-	mt_init_flags(&ga->tree, MT_FLAGS_LOCK_EXTERN | MT_FLAGS_USE_RCU);
+	/*
+	 * Gaps are of no interest, there are none.  But a tree that keeps track of
+	 * them has its nodes' metadata in a place of its own: in the other kind of
+	 * tree the last slot may be either that or a child, and what frees nodes
+	 * after RCU readers mistakes the one for the other.
+	 */
+	mt_init_flags(&ga->tree, MT_FLAGS_LOCK_EXTERN | MT_FLAGS_USE_RCU |
+				 MT_FLAGS_ALLOC_RANGE);
 	mt_set_external_lock(&ga->tree, lock);
 
 	down_write(lock);

@@ -42,6 +42,8 @@ static void gmem_attributes_test_exit(struct kunit *test)
 	struct gmem_attributes_fixture *f = test->priv;
 
 	gmem_attributes_destroy(&f->ga);
+	/* Nodes are freed later.  That has to work, too, and is part of the test. */
+	rcu_barrier();
 }
 
 /* A file all of whose pages have @attributes. */
@@ -221,6 +223,29 @@ static void very_many_ranges(struct kunit *test)
 	expect_range(test, MANY_RANGES / 2, 0, MANY_RANGES - 1, SHARED);
 }
 
+/*
+ * Trees of two and more levels, each with nodes as full as can be, as empty, and in
+ * between.  They go away with the file, or because all of it becomes the same.
+ */
+static void trees_of_many_shapes(struct kunit *test)
+{
+	const pgoff_t nr_pages = SZ_1T / PAGE_SIZE;
+	unsigned long nr, i, step = 1;
+
+	for (nr = 2; nr < 20000; nr += step) {
+		create(test, nr_pages, PRIVATE);
+		for (i = 0; i < nr; i++)
+			set(test, 2 * i + 1, 2 * i + 2, SHARED);
+		expect_range(test, 2 * nr - 1, 2 * nr - 1, 2 * nr - 1, SHARED);
+		if (nr & 1) {
+			set(test, 0, nr_pages, SHARED);
+			expect_range(test, nr, 0, nr_pages - 1, SHARED);
+		}
+		rcu_barrier();
+		step = max(1, nr / 50);
+	}
+}
+
 static void aborted_change_is_none(struct kunit *test)
 {
 	struct gmem_attributes_fixture *f = test->priv;
@@ -295,6 +320,7 @@ static struct kunit_case gmem_attributes_test_cases[] = {
 	KUNIT_CASE(file_of_one_page),
 	KUNIT_CASE(file_of_16_tib),
 	KUNIT_CASE_SLOW(very_many_ranges),
+	KUNIT_CASE_SLOW(trees_of_many_shapes),
 	KUNIT_CASE(aborted_change_is_none),
 	KUNIT_CASE(failed_change_is_none),
 	{}
