@@ -242,7 +242,7 @@ static void trees_of_many_shapes(struct kunit *test)
 			expect_range(test, nr, 0, nr_pages - 1, SHARED);
 		}
 		rcu_barrier();
-		step = max(1, nr / 50);
+		step = nr < 1000 ? max(1, nr / 20) : nr / 4;
 	}
 }
 
