@@ -95,13 +95,8 @@ typedef void (*convert_fn)(struct backings *b, u64 offset, u64 size, bool privat
 
 static void convert_in_place(struct backings *b, u64 offset, u64 size, bool private)
 {
-	struct kvm_memory_attributes2 attrs = {
-		.offset = offset,
-		.size = size,
-		.attributes = private ? KVM_MEMORY_ATTRIBUTE_PRIVATE : 0,
-	};
-
-	TEST_ASSERT(!ioctl(b->d.fd, KVM_SET_MEMORY_ATTRIBUTES2, &attrs),
+	TEST_ASSERT(!gmem_convert(b->d.fd, offset, size,
+				  private ? KVM_MEMORY_ATTRIBUTE_PRIVATE : 0, NULL),
 		    "KVM_SET_MEMORY_ATTRIBUTES2: %s", strerror(errno));
 }
 

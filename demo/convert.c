@@ -58,14 +58,8 @@ static void guest_reads(int page, u64 value)
 
 static void convert(int page, u64 attributes)
 {
-	struct kvm_memory_attributes2 attrs = {
-		.offset = page * SZ_4K,
-		.size = SZ_4K,
-		.attributes = attributes,
-	};
-
 	printf("\n  page %d becomes %s\n", page, attributes ? "private" : "shared");
-	TEST_ASSERT(!ioctl(vm.fd, KVM_SET_MEMORY_ATTRIBUTES2, &attrs),
+	TEST_ASSERT(!gmem_convert(vm.fd, page * SZ_4K, SZ_4K, attributes, NULL),
 		    "KVM_SET_MEMORY_ATTRIBUTES2: %s", strerror(errno));
 }
 

@@ -82,17 +82,6 @@ FIXTURE_VARIANT(race)
 FIXTURE_VARIANT_ADD(race, one_vcpu) { .nr_vcpus = 1, };
 FIXTURE_VARIANT_ADD(race, four_vcpus) { .nr_vcpus = MAX_VCPUS, };
 
-static int __convert(int fd, u64 offset, u64 size, u64 attributes)
-{
-	struct kvm_memory_attributes2 attrs = {
-		.offset = offset,
-		.size = size,
-		.attributes = attributes,
-	};
-
-	return ioctl(fd, KVM_SET_MEMORY_ATTRIBUTES2, &attrs);
-}
-
 static void add_slot(struct race *r)
 {
 	vm_set_user_memory_region2(r->vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD,
@@ -245,14 +234,14 @@ static void convert_until(struct race *r, bool guests, bool host, bool other)
 		nr = 1 + rand_r(&seed) % (NR_PAGES - start);
 		attributes = rand_r(&seed) & 1 ? PRIVATE : SHARED;
 		refused = 0;
-		ret = __convert(r->fd, start * SZ_4K, nr * SZ_4K, attributes);
+		ret = gmem_convert(r->fd, start * SZ_4K, nr * SZ_4K, attributes, NULL);
 		/*
 		 * Who zaps, has pages for as long as the scheduler likes, but no
 		 * longer than until he runs again.
 		 */
 		for (; ret && r->zap && errno == EAGAIN && refused < 100; refused++) {
 			sched_yield();
-			ret = __convert(r->fd, start * SZ_4K, nr * SZ_4K, attributes);
+			ret = gmem_convert(r->fd, start * SZ_4K, nr * SZ_4K, attributes, NULL);
 		}
 		TEST_ASSERT(!ret, "Conversion %ld: errno %d (%s), %d times refused",
 			    r->conversions, errno, strerror(errno), refused);
@@ -460,7 +449,7 @@ static void *convert_closed(void *arg)
 {
 	struct race *r = arg;
 
-	while (!__convert(r->fd, 0, FILE_SIZE, ++r->conversions & 1 ? PRIVATE : SHARED))
+	while (!gmem_convert(r->fd, 0, FILE_SIZE, ++r->conversions & 1 ? PRIVATE : SHARED, NULL))
 		;
 	TEST_ASSERT_EQ(errno, EBADF);
 	return NULL;
@@ -498,52 +487,34 @@ TEST_F_TIMEOUT(race, close, SLOW)
 }
 
 /* Pages get errors, and make way for others. */
-#define POISON		"/sys/kernel/debug/hwpoison/corrupt-pfn"
-#define UNPOISON	"/sys/kernel/debug/hwpoison/unpoison-pfn"
-
-static int write_pfn(const char *path, u64 pfn)
-{
-	char buf[32];
-	int fd, r, len = snprintf(buf, sizeof(buf), "0x%lx", pfn);
-
-	fd = open_path_or_exit(path, O_WRONLY);
-	r = write(fd, buf, len) == len ? 0 : errno;
-	kvm_close(fd);
-	return r;
-}
-
 static void *poison(void *arg)
 {
 	struct race *r = arg;
 	unsigned int seed = 3, page;
-	int pagemap, i;
-	u64 entry;
+	u64 pfn;
+	int i;
 
-	pagemap = open_path_or_exit("/proc/self/pagemap", O_RDONLY);
 	while (!READ_ONCE(r->stop)) {
 		/* Nobody else punches holes: the page stays where it is. */
 		page = rand_r(&seed) % NR_PAGES;
-		TEST_ASSERT_EQ(pread(pagemap, &entry, 8, ((uintptr_t)r->mem / SZ_4K +
-							  page) * 8), 8);
-		entry = entry >> 63 ? entry & GENMASK_ULL(54, 0) : 0;
-		if (!entry)
+		pfn = gmem_host_pfn(r->mem + page * SZ_4K);
+		if (!pfn)
 			continue;
-		TEST_ASSERT_EQ(write_pfn(POISON, entry), EBUSY);
+		TEST_ASSERT_EQ(gmem_poison(pfn), EBUSY);
 		kvm_fallocate(r->fd, PUNCH_HOLE, page * SZ_4K, SZ_4K);
 		madvise(r->mem + page * SZ_4K, SZ_4K, MADV_DONTNEED);
 		/* Somebody may have been about to use it. */
-		for (i = 0; i < 1000 && write_pfn(UNPOISON, entry); i++)
+		for (i = 0; i < 1000 && gmem_unpoison(pfn); i++)
 			usleep(1000);
-		TEST_ASSERT(i < 1000, "Page 0x%lx is used after its end", entry);
+		TEST_ASSERT(i < 1000, "Page 0x%lx is used after its end", pfn);
 		r->other_rounds++;
 	}
-	kvm_close(pagemap);
 	return NULL;
 }
 
 TEST_F_TIMEOUT(race, memory_errors, SLOW)
 {
-	if (access(POISON, W_OK))
+	if (!gmem_can_poison())
 		SKIP(return, "needs CONFIG_HWPOISON_INJECT and debugfs");
 
 	self->r.punched = true;
@@ -573,8 +544,8 @@ TEST_F_TIMEOUT(race, kill, SLOW)
 			kvm_pthread_create(&t.thread, NULL, run_vcpu, &t);
 			for (;;) {
 				private = !private;
-				TEST_ASSERT(!__convert(r.fd, 0, FILE_SIZE, private ?
-						       PRIVATE : SHARED),
+				TEST_ASSERT(!gmem_convert(r.fd, 0, FILE_SIZE, private ?
+							  PRIVATE : SHARED, NULL),
 					    "errno %d (%s)", errno, strerror(errno));
 				(*conversions)++;
 			}

@@ -79,25 +79,10 @@ kvm_static_assert(offsetof(struct kvm_memory_attributes2, flags) == 24);
 kvm_static_assert(offsetof(struct kvm_memory_attributes2, error_offset) == 32);
 kvm_static_assert(offsetof(struct kvm_memory_attributes2, reserved) == 40);
 
-static int __convert(int fd, u64 offset, u64 size, u64 attributes, u64 *error)
-{
-	struct kvm_memory_attributes2 attrs = {
-		.offset = offset,
-		.size = size,
-		.attributes = attributes,
-		.error_offset = -1ull,
-	};
-	int r = ioctl(fd, KVM_SET_MEMORY_ATTRIBUTES2, &attrs);
-
-	if (error)
-		*error = attrs.error_offset;
-	return r;
-}
-
 static void convert(int fd, u64 offset, u64 size, u64 attributes)
 {
 	u64 error;
-	int r = __convert(fd, offset, size, attributes, &error);
+	int r = gmem_convert(fd, offset, size, attributes, &error);
 
 	TEST_ASSERT(!r, "0x%lx bytes at 0x%lx to 0x%lx: errno %d (%s) at 0x%lx",
 		    size, offset, attributes, errno, strerror(errno), error);
@@ -251,18 +236,6 @@ TEST_F(convert, punch_keeps_attributes)
 	check_all(&self->t, BIT(1), values);
 }
 
-/* The page that the host has mapped at @p, or 0. */
-static u64 host_pfn(void *p)
-{
-	u64 entry;
-	int fd;
-
-	fd = open_path_or_exit("/proc/self/pagemap", O_RDONLY);
-	TEST_ASSERT_EQ(pread(fd, &entry, 8, (uintptr_t)p / SZ_4K * 8), 8);
-	kvm_close(fd);
-	return entry >> 63 ? entry & GENMASK_ULL(54, 0) : 0;
-}
-
 TEST_F(convert, same_again_touches_nothing)
 {
 	long maps;
@@ -276,13 +249,13 @@ TEST_F(convert, same_again_touches_nothing)
 
 	convert(self->t.fd, 0, FILE_SIZE, SHARED);
 	*word(&self->t, 0) = 1;
-	EXPECT_NE(0, host_pfn(word(&self->t, 0)));
+	EXPECT_NE(0, gmem_host_pfn(word(&self->t, 0)));
 	convert(self->t.fd, 0, FILE_SIZE, SHARED);
-	EXPECT_NE(0, host_pfn(word(&self->t, 0)));
+	EXPECT_NE(0, gmem_host_pfn(word(&self->t, 0)));
 	convert(self->t.fd, SZ_4K, SZ_4K, PRIVATE);
-	EXPECT_NE(0, host_pfn(word(&self->t, 0)));
+	EXPECT_NE(0, gmem_host_pfn(word(&self->t, 0)));
 	convert(self->t.fd, 0, SZ_4K, PRIVATE);
-	EXPECT_EQ(0, host_pfn(word(&self->t, 0)));
+	EXPECT_EQ(0, gmem_host_pfn(word(&self->t, 0)));
 }
 
 /* Both kinds of memory, allocated or not, and none of it is touched by the guest. */
@@ -434,9 +407,9 @@ TEST_F(convert, huge_pages_cannot_be_converted)
 	fd = vm_create_guest_memfd(self->t.vm, SZ_2M, gmem_flags(SZ_2M));
 	vm_set_user_memory_region2(self->t.vm, GMEM_SLOT + 1, KVM_MEM_GUEST_MEMFD,
 				   GMEM_GPA + SZ_2M, SZ_2M, NULL, fd, 0);
-	EXPECT_EQ(-1, __convert(fd, 0, SZ_4K, SHARED, &error));
+	EXPECT_EQ(-1, gmem_convert(fd, 0, SZ_4K, SHARED, &error));
 	EXPECT_EQ(EOPNOTSUPP, errno);
-	EXPECT_EQ(-1, __convert(fd, 0, SZ_2M, SHARED, &error));
+	EXPECT_EQ(-1, gmem_convert(fd, 0, SZ_2M, SHARED, &error));
 	EXPECT_EQ(EOPNOTSUPP, errno);
 	convert(fd, 0, SZ_2M, PRIVATE);
 	gmem_guest_do(self->t.vcpu, GMEM_WRITE, GMEM_GPA + SZ_2M, SZ_2M,
@@ -449,19 +422,6 @@ TEST_F(convert, huge_pages_cannot_be_converted)
 /*
  * A page with an error: lost to all, and in nobody's way.
  */
-#define POISON		"/sys/kernel/debug/hwpoison/corrupt-pfn"
-#define UNPOISON	"/sys/kernel/debug/hwpoison/unpoison-pfn"
-
-static int write_pfn(const char *path, u64 pfn)
-{
-	char buf[32];
-	int fd, r, len = snprintf(buf, sizeof(buf), "0x%lx", pfn);
-
-	fd = open_path_or_exit(path, O_WRONLY);
-	r = write(fd, buf, len) == len ? 0 : errno;
-	kvm_close(fd);
-	return r;
-}
 
 /* The guest's mapping goes a moment later than memory_failure() returns. */
 static int victim_reads_until_error(struct convert_test *self, int page)
@@ -485,7 +445,7 @@ TEST_F(convert, memory_error)
 	long faults;
 	int i, j;
 
-	if (access(UNPOISON, W_OK))
+	if (!gmem_can_poison())
 		SKIP(return, "needs CONFIG_HWPOISON_INJECT and debugfs");
 
 	convert(self->t.fd, 0, FILE_SIZE, SHARED);
@@ -493,10 +453,10 @@ TEST_F(convert, memory_error)
 		*word(&self->t, i) = values[i];
 		guest_check(&self->t, i, values[i]);
 	}
-	pfn = host_pfn(word(&self->t, 1));
+	pfn = gmem_host_pfn(word(&self->t, 1));
 	ASSERT_NE(0, pfn);
 	/* memory_failure() takes it for a failure that the page stays in the file. */
-	ASSERT_EQ(EBUSY, write_pfn(POISON, pfn));
+	ASSERT_EQ(EBUSY, gmem_poison(pfn));
 
 	EXPECT_EQ(-EHWPOISON, victim_reads_until_error(&self->t, 1));
 	/* Its neighbours stay mapped. */
@@ -534,8 +494,8 @@ TEST_F(convert, memory_error)
 	ASSERT_EQ(0, madvise(word(&self->t, 1), SZ_4K, MADV_DONTNEED));
 	values[1] = 0;
 	check_all(&self->t, -1ul, values);
-	EXPECT_NE(pfn, host_pfn(word(&self->t, 1)));
-	ASSERT_EQ(0, write_pfn(UNPOISON, pfn));
+	EXPECT_NE(pfn, gmem_host_pfn(word(&self->t, 1)));
+	ASSERT_EQ(0, gmem_unpoison(pfn));
 }
 
 /* What a child has mapped goes as well, and it can be had again. */
@@ -592,11 +552,11 @@ TEST_F(convert, pinned_page_cannot_become_private)
 		for (j = i; j < NR_PAGES; j++)
 			pin(fds[1], word(&self->t, j));
 
-		EXPECT_EQ(-1, __convert(self->t.fd, 0, FILE_SIZE, PRIVATE, &error));
+		EXPECT_EQ(-1, gmem_convert(self->t.fd, 0, FILE_SIZE, PRIVATE, &error));
 		EXPECT_EQ(EAGAIN, errno);
 		EXPECT_EQ(i * SZ_4K, error);
 		check_all(&self->t, -1ul, values);
-		EXPECT_EQ(-1, __convert(self->t.fd, 3 * SZ_4K, SZ_4K, PRIVATE, &error));
+		EXPECT_EQ(-1, gmem_convert(self->t.fd, 3 * SZ_4K, SZ_4K, PRIVATE, &error));
 		EXPECT_EQ(EAGAIN, errno);
 		EXPECT_EQ(3 * SZ_4K, error);
 
@@ -672,9 +632,9 @@ TEST_F(convert, doors_are_shut_for_private_memory)
 	to = kvm_mmap(FILE_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
 	ASSERT_EQ(to, mremap(again, FILE_SIZE, FILE_SIZE,
 			     MREMAP_MAYMOVE | MREMAP_FIXED, to));
-	EXPECT_NE(0, host_pfn(to));
+	EXPECT_NE(0, gmem_host_pfn(to));
 	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
-	EXPECT_EQ(0, host_pfn(to));
+	EXPECT_EQ(0, gmem_host_pfn(to));
 	TEST_EXPECT_SIGBUS(READ_ONCE(*to));
 	kvm_munmap(to, FILE_SIZE);
 }
@@ -723,7 +683,7 @@ TEST_F(convert, errors)
 	for (bit = 0; bit < 64; bit++) {
 		if (BIT_ULL(bit) == PRIVATE)
 			continue;
-		EXPECT_EQ(-1, __convert(self->t.fd, 0, SZ_4K, BIT_ULL(bit), NULL));
+		EXPECT_EQ(-1, gmem_convert(self->t.fd, 0, SZ_4K, BIT_ULL(bit), NULL));
 		EXPECT_EQ(EINVAL, errno);
 	}
 
@@ -738,9 +698,9 @@ TEST_F(convert, errors)
 	vm = vm_create_barebones();
 	EXPECT_EQ(0, vm_check_cap(vm, KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES));
 	fd = vm_create_guest_memfd(vm, FILE_SIZE, variant->flags);
-	EXPECT_EQ(-1, __convert(fd, 0, SZ_4K, PRIVATE, NULL));
+	EXPECT_EQ(-1, gmem_convert(fd, 0, SZ_4K, PRIVATE, NULL));
 	EXPECT_EQ(EINVAL, errno);
-	EXPECT_EQ(-1, __convert(fd, 0, SZ_4K, SHARED, NULL));
+	EXPECT_EQ(-1, gmem_convert(fd, 0, SZ_4K, SHARED, NULL));
 	EXPECT_EQ(EINVAL, errno);
 	kvm_close(fd);
 	kvm_vm_free(vm);
@@ -780,7 +740,7 @@ TEST_F(off, nothing_can_be_converted)
 	int fd = vm_create_guest_memfd(self->vm, FILE_SIZE, 0);
 
 	EXPECT_EQ(0, vm_check_cap(self->vm, KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES));
-	EXPECT_EQ(-1, __convert(fd, 0, FILE_SIZE, PRIVATE, NULL));
+	EXPECT_EQ(-1, gmem_convert(fd, 0, FILE_SIZE, PRIVATE, NULL));
 	EXPECT_EQ(ENOTTY, errno);
 	EXPECT_EQ(-1, ioctl(fd, KVM_SET_MEMORY_ATTRIBUTES2, NULL));
 	EXPECT_EQ(ENOTTY, errno);

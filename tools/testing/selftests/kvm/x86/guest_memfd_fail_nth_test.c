@@ -546,16 +546,12 @@ FIXTURE_TEARDOWN(convert_nth)
 
 static int convert_pages(struct nth_test *t, int first, int last, bool private)
 {
-	struct kvm_memory_attributes2 attrs = {
-		.offset = first * SZ_4K,
-		.size = (last - first + 1) * SZ_4K,
-		.attributes = private ? KVM_MEMORY_ATTRIBUTE_PRIVATE : 0,
-		.error_offset = -1ull,
-	};
-	int r = ioctl(t->fd, KVM_SET_MEMORY_ATTRIBUTES2, &attrs);
+	u64 error;
+	int r = gmem_convert(t->fd, first * SZ_4K, (last - first + 1) * SZ_4K,
+			     private ? KVM_MEMORY_ATTRIBUTE_PRIVATE : 0, &error);
 
 	if (r && errno == ENOMEM)
-		TEST_ASSERT_EQ(attrs.error_offset, attrs.offset);
+		TEST_ASSERT_EQ(error, first * SZ_4K);
 	return r;
 }
 

@@ -71,4 +71,18 @@ void gmem_guest_set_call(struct kvm_vcpu *vcpu, void *fn, u64 a, u64 b, u64 c,
  */
 int gmem_guest_run(struct kvm_vcpu *vcpu);
 
+/* KVM_SET_MEMORY_ATTRIBUTES2; @error is set to its error_offset, unless NULL. */
+int gmem_convert(int fd, u64 offset, u64 size, u64 attributes, u64 *error);
+
+/* The page that this process has mapped at @p, or 0. */
+u64 gmem_host_pfn(const void *p);
+
+/*
+ * Give a page a memory error, and repair it once it is in no file any more.  Both
+ * return an errno.
+ */
+bool gmem_can_poison(void);
+int gmem_poison(u64 pfn);
+int gmem_unpoison(u64 pfn);
+
 #endif /* SELFTEST_KVM_GMEM_GUEST_H */

@@ -3,6 +3,8 @@
  * VMs whose private memory is a guest_memfd file, and guest code that touches
  * it on command.
  */
+#include <fcntl.h>
+
 #include "gmem_guest.h"
 
 static struct gmem_command commands[GMEM_MAX_VCPUS];
@@ -149,4 +151,59 @@ void gmem_guest_do(struct kvm_vcpu *vcpu, enum gmem_op op, gpa_t gpa, u64 size,
 		    gpa, strerror(-r), vcpu->run->exit_reason,
 		    exit_reason_str(vcpu->run->exit_reason),
 		    vcpu->run->memory_fault.gpa);
+}
+
+int gmem_convert(int fd, u64 offset, u64 size, u64 attributes, u64 *error)
+{
+	struct kvm_memory_attributes2 attrs = {
+		.offset = offset,
+		.size = size,
+		.attributes = attributes,
+		.error_offset = -1ull,
+	};
+	int r = ioctl(fd, KVM_SET_MEMORY_ATTRIBUTES2, &attrs);
+
+	if (error)
+		*error = attrs.error_offset;
+	return r;
+}
+
+u64 gmem_host_pfn(const void *p)
+{
+	u64 entry;
+	int fd;
+
+	fd = open_path_or_exit("/proc/self/pagemap", O_RDONLY);
+	TEST_ASSERT_EQ(pread(fd, &entry, 8, (uintptr_t)p / getpagesize() * 8), 8);
+	kvm_close(fd);
+	return entry >> 63 ? entry & GENMASK_ULL(54, 0) : 0;
+}
+
+#define HWPOISON	"/sys/kernel/debug/hwpoison"
+
+static int write_pfn(const char *path, u64 pfn)
+{
+	char buf[32];
+	int fd, r, len = snprintf(buf, sizeof(buf), "0x%lx", pfn);
+
+	fd = open_path_or_exit(path, O_WRONLY);
+	r = write(fd, buf, len) == len ? 0 : errno;
+	kvm_close(fd);
+	return r;
+}
+
+bool gmem_can_poison(void)
+{
+	return !access(HWPOISON "/corrupt-pfn", W_OK) &&
+	       !access(HWPOISON "/unpoison-pfn", W_OK);
+}
+
+int gmem_poison(u64 pfn)
+{
+	return write_pfn(HWPOISON "/corrupt-pfn", pfn);
+}
+
+int gmem_unpoison(u64 pfn)
+{
+	return write_pfn(HWPOISON "/unpoison-pfn", pfn);
 }
