@@ -77,13 +77,10 @@ static void bench_huge(void)
 }
 
 /*
- * Conversions, of allocated memory.  Single pages are every second one, so that each
- * of them is a range of its own.
+ * Conversions of memory that the guest has written to and has mapped.  What a guest's
+ * next access costs is not in the figures: it has to fault the memory in either way.
  */
 #define CONVERT_SIZE	((u64)SZ_1G)
-#define NR_SINGLE	256
-#define SINGLE(i)	(SZ_2M + (i) * 2ull * SZ_4K)
-#define RANGE_2M	(16ull * SZ_1M)
 
 struct backings {
 	struct demo_vm d;
@@ -91,28 +88,36 @@ struct backings {
 	int shmem_fd;		/* the other backing, or -1: conversion in place */
 };
 
-typedef void (*convert_fn)(struct backings *b, u64 offset, u64 size, bool private);
-
-static void convert_in_place(struct backings *b, u64 offset, u64 size, bool private)
+static void to_shared(struct backings *b, u64 offset, u64 size)
 {
-	TEST_ASSERT(!gmem_convert(b->d.fd, offset, size,
-				  private ? KVM_MEMORY_ATTRIBUTE_PRIVATE : 0, NULL),
-		    "KVM_SET_MEMORY_ATTRIBUTES2: %s", strerror(errno));
+	if (b->shmem_fd < 0) {
+		TEST_ASSERT(!gmem_convert(b->d.fd, offset, size, 0, NULL),
+			    "Can't convert to shared: %s", strerror(errno));
+		return;
+	}
+	/* Memory that is not what the range is now is given back, or there are two. */
+	vm_mem_set_shared(b->d.vm, GMEM_GPA + offset, size);
+	kvm_fallocate(b->d.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size);
 }
 
-/* Memory that is not what the range is now has to be given back, or there are two. */
-static void convert_two_backings(struct backings *b, u64 offset, u64 size, bool private)
+static void to_private(struct backings *b, u64 offset, u64 size)
 {
-	const int punch = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
-
-	if (private) {
-		vm_mem_set_private(b->d.vm, GMEM_GPA + offset, size);
-		kvm_fallocate(b->shmem_fd, punch, offset, size);
-		kvm_fallocate(b->d.fd, FALLOC_FL_KEEP_SIZE, offset, size);
-	} else {
-		vm_mem_set_shared(b->d.vm, GMEM_GPA + offset, size);
-		kvm_fallocate(b->d.fd, punch, offset, size);
+	if (b->shmem_fd < 0) {
+		TEST_ASSERT(!gmem_convert(b->d.fd, offset, size,
+					  KVM_MEMORY_ATTRIBUTE_PRIVATE, NULL),
+			    "Can't convert to private: %s", strerror(errno));
+		return;
 	}
+	vm_mem_set_private(b->d.vm, GMEM_GPA + offset, size);
+	kvm_fallocate(b->shmem_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size);
+	kvm_fallocate(b->d.fd, FALLOC_FL_KEEP_SIZE, offset, size);
+}
+
+/* The memory of what has become shared: in place it is there. */
+static void get_shared(struct backings *b, u64 offset, u64 size)
+{
+	if (b->shmem_fd >= 0)
+		kvm_fallocate(b->shmem_fd, FALLOC_FL_KEEP_SIZE, offset, size);
 }
 
 static void touch(struct backings *b, u64 offset, u64 size)
@@ -123,63 +128,69 @@ static void touch(struct backings *b, u64 offset, u64 size)
 		*(volatile char *)(b->mem + offset) = 1;
 }
 
-static void print_convert(const char *what, const char *which, long long ns, u64 size)
+/* Adds the time since the last call to @sum. */
+static long long add_time(long long *sum, long long since)
 {
+	long long now = now_ns();
+
+	*sum += now - since;
+	return now_ns();
+}
+
+/*
+ * @nr times there and back, @stride apart, of which the host has mapped nothing, then
+ * of what it has written to while it was shared.
+ */
+static void bench_range(struct backings *b, const char *which, u64 start, u64 size,
+			u64 stride, int nr)
+{
+	long long shared = 0, private = 0, shared_mapped = 0, private_mapped = 0, t;
+	const double pages = (double)nr * size / SZ_4K;
 	char name[64];
-
-	snprintf(name, sizeof(name), "%s_%s", what, which);
-	print(name, (double)ns / (size / SZ_4K));
-}
-
-/* There and back, with the host's access to what has become shared. */
-static void bench_range(struct backings *b, convert_fn convert, const char *which,
-			u64 offset, u64 size)
-{
-	long long start = now_ns();
-
-	convert(b, offset, size, false);
-	print_convert("to_shared", which, now_ns() - start, size);
-	start = now_ns();
-	touch(b, offset, size);
-	print_convert("touch", which, now_ns() - start, size);
-	start = now_ns();
-	convert(b, offset, size, true);
-	print_convert("to_private", which, now_ns() - start, size);
-}
-
-static void bench_single(struct backings *b, convert_fn convert)
-{
-	const u64 all = NR_SINGLE * SZ_4K;
-	long long start;
+	u64 offset;
 	int i;
 
-	start = now_ns();
-	for (i = 0; i < NR_SINGLE; i++)
-		convert(b, SINGLE(i), SZ_4K, false);
-	print_convert("to_shared", "4k", now_ns() - start, all);
-	start = now_ns();
-	for (i = 0; i < NR_SINGLE; i++)
-		convert(b, SINGLE(i), SZ_4K, true);
-	print_convert("to_private", "4k_unmapped", now_ns() - start, all);
+	gmem_guest_set(b->d.vcpu, GMEM_WRITE, GMEM_GPA + start, stride * (nr - 1) + size,
+		       SZ_4K, 1);
+	TEST_ASSERT(!gmem_guest_run(b->d.vcpu), "The guest can't touch its memory");
 
-	for (i = 0; i < NR_SINGLE; i++)
-		convert(b, SINGLE(i), SZ_4K, false);
-	start = now_ns();
-	for (i = 0; i < NR_SINGLE; i++)
-		touch(b, SINGLE(i), SZ_4K);
-	print_convert("touch", "4k", now_ns() - start, all);
-	start = now_ns();
-	for (i = 0; i < NR_SINGLE; i++)
-		convert(b, SINGLE(i), SZ_4K, true);
-	print_convert("to_private", "4k", now_ns() - start, all);
+	for (i = 0, offset = start; i < nr; i++, offset += stride) {
+		t = now_ns();
+		to_shared(b, offset, size);
+		get_shared(b, offset, size);
+		t = add_time(&shared, t);
+		to_private(b, offset, size);
+		t = add_time(&private, t);
+	}
+
+	gmem_guest_set(b->d.vcpu, GMEM_WRITE, GMEM_GPA + start, stride * (nr - 1) + size,
+		       SZ_4K, 1);
+	TEST_ASSERT(!gmem_guest_run(b->d.vcpu), "The guest can't touch its memory");
+
+	for (i = 0, offset = start; i < nr; i++, offset += stride) {
+		t = now_ns();
+		to_shared(b, offset, size);
+		touch(b, offset, size);
+		t = add_time(&shared_mapped, t);
+		to_private(b, offset, size);
+		t = add_time(&private_mapped, t);
+	}
+
+#define PRINT(what, sum) ({						\
+	snprintf(name, sizeof(name), "%s_%s", which, what);		\
+	print(name, (sum) / pages);					\
+})
+	PRINT("to_shared", shared);
+	PRINT("to_private", private);
+	PRINT("to_shared_mapped", shared_mapped);
+	PRINT("to_private_mapped", private_mapped);
 }
 
-static void bench_conversions(struct backings *b, convert_fn convert)
+static void bench_conversions(struct backings *b)
 {
-	kvm_fallocate(b->d.fd, FALLOC_FL_KEEP_SIZE, 0, CONVERT_SIZE);
-	bench_single(b, convert);
-	bench_range(b, convert, "2m", RANGE_2M, SZ_2M);
-	bench_range(b, convert, "1g", 0, CONVERT_SIZE);
+	bench_range(b, "4k", SZ_2M, SZ_4K, 2 * SZ_4K, 256);
+	bench_range(b, "2m", 16 * SZ_1M, SZ_2M, SZ_2M, 1);
+	bench_range(b, "1g", 0, CONVERT_SIZE, CONVERT_SIZE, 1);
 	kvm_munmap(b->mem, CONVERT_SIZE);
 	demo_vm_free(&b->d);
 }
@@ -194,11 +205,11 @@ static void bench_tree(struct kvm_vm *vm, const char *name, u64 size, long nr)
 	b.d.fd = vm_create_guest_memfd(vm, size, 0);
 	/* Two ranges more each time. */
 	for (i = 0; i < nr / 2; i++)
-		convert_in_place(&b, (2 * i + 1) * SZ_4K, SZ_4K, false);
+		to_shared(&b, (2 * i + 1) * SZ_4K, SZ_4K);
 	start = now_ns();
 	for (i = 0; i < 64; i++) {
-		convert_in_place(&b, size / 2 + (i & 1) * SZ_4K, SZ_4K, i & 2);
-		convert_in_place(&b, size / 2 + (i & 1) * SZ_4K, SZ_4K, !(i & 2));
+		to_shared(&b, size / 2 + (i & 1) * SZ_4K, SZ_4K);
+		to_private(&b, size / 2 + (i & 1) * SZ_4K, SZ_4K);
 	}
 	print(name, (now_ns() - start) / 128.);
 	close(b.d.fd);
@@ -219,7 +230,7 @@ static void bench_convert(void)
 	vm_set_user_memory_region2(b.d.vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD, GMEM_GPA,
 				   CONVERT_SIZE, NULL, b.d.fd, 0);
 	b.mem = kvm_mmap(CONVERT_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, b.d.fd);
-	bench_conversions(&b, convert_in_place);
+	bench_conversions(&b);
 }
 
 static void bench_convert_two_backings(void)
@@ -235,7 +246,7 @@ static void bench_convert_two_backings(void)
 	vm_set_user_memory_region2(b.d.vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD, GMEM_GPA,
 				   CONVERT_SIZE, b.mem, b.d.fd, 0);
 	vm_mem_set_private(b.d.vm, GMEM_GPA, CONVERT_SIZE);
-	bench_conversions(&b, convert_two_backings);
+	bench_conversions(&b);
 	close(b.shmem_fd);
 }
 

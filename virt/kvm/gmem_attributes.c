@@ -58,14 +58,7 @@ int gmem_attributes_init(struct gmem_attributes *ga, struct rw_semaphore *lock,
 	int r;
 
 	ga->nr_pages = nr_pages;
-	/*
-	 * Gaps are of no interest, there are none.  But a tree that keeps track of
-	 * them has its nodes' metadata in a place of its own: in the other kind of
-	 * tree the last slot may be either that or a child, and what frees nodes
-	 * after RCU readers mistakes the one for the other.
-	 */
-	mt_init_flags(&ga->tree, MT_FLAGS_LOCK_EXTERN | MT_FLAGS_USE_RCU |
-				 MT_FLAGS_ALLOC_RANGE);
+	mt_init_flags(&ga->tree, MT_FLAGS_LOCK_EXTERN | MT_FLAGS_USE_RCU);
 	mt_set_external_lock(&ga->tree, lock);
 
 	down_write(lock);
@@ -151,34 +144,47 @@ bool gmem_attributes_are(struct gmem_attributes *ga, pgoff_t start, pgoff_t end,
  *
  * Context: May sleep if @gfp allows it.  The lock is held exclusively until the
  *	    change is committed or aborted, and there is one change at a time.
- * Return: 0, or -ENOMEM, and then nothing has changed and @change is not to be
- *	   used.
+ * Return: 0, -EALREADY if there is nothing to change, or -ENOMEM.  After an error
+ *	   nothing has changed and @change is not to be used.
  */
 int gmem_attributes_prepare(struct gmem_attributes *ga,
 			    struct gmem_attributes_change *change,
 			    pgoff_t start, pgoff_t end, u64 attributes, gfp_t gfp)
 {
-	struct gmem_attributes_range before, after;
+	MA_STATE(mas, &ga->tree, start, start);
 	pgoff_t first = start, last = end - 1;
+	void *found, *entry = attributes_to_entry(attributes);
+	struct ma_state before;
 
 	if (WARN_ON_ONCE(start >= end || end > ga->nr_pages))
 		return -EINVAL;
 
-	if (first) {
-		before = gmem_attributes_get(ga, first - 1);
-		if (before.attributes == attributes)
-			first = before.first;
+	/* To walk down is what takes long, to go on from there does not. */
+	found = mas_walk(&mas);
+	if (found == entry && mas.last >= last)
+		return -EALREADY;
+
+	if (found == entry) {
+		first = mas.index;
+	} else if (mas.index == start && start) {
+		before = mas;
+		if (mas_prev(&before, 0) == entry)
+			first = before.index;
 	}
-	if (last < ga->nr_pages - 1) {
-		after = gmem_attributes_get(ga, last + 1);
-		if (after.attributes == attributes)
-			last = after.last;
+
+	if (mas.last < last) {
+		mas_set(&mas, last);
+		found = mas_walk(&mas);
 	}
+	if (found != entry && mas.last == last && last < ga->nr_pages - 1)
+		found = mas_next(&mas, ga->nr_pages - 1);
+	if (found == entry)
+		last = mas.last;
 
 	change->attributes = attributes;
 	mas_init(&change->mas, &ga->tree, 0);
 	mas_set_range(&change->mas, first, last);
-	return mas_preallocate(&change->mas, attributes_to_entry(attributes), gfp);
+	return mas_preallocate(&change->mas, entry, gfp);
 }
 
 /**

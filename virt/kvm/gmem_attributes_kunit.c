@@ -60,15 +60,16 @@ static void set(struct kunit *test, pgoff_t start, pgoff_t end, u64 attributes)
 {
 	struct gmem_attributes_fixture *f = test->priv;
 	struct gmem_attributes_change change;
-	int r;
+	int want, r;
 
 	down_write(&f->lock);
+	want = gmem_attributes_are(&f->ga, start, end, attributes) ? -EALREADY : 0;
 	r = gmem_attributes_prepare(&f->ga, &change, start, end, attributes,
 				    GFP_KERNEL);
 	if (!r)
 		gmem_attributes_commit(&change);
 	up_write(&f->lock);
-	KUNIT_ASSERT_EQ(test, 0, r);
+	KUNIT_ASSERT_EQ(test, want, r);
 }
 
 static void expect_range(struct kunit *test, pgoff_t index, pgoff_t first,
@@ -252,17 +253,19 @@ static void aborted_change_is_none(struct kunit *test)
 	const unsigned long state = GENMASK(3, 2);
 	struct gmem_attributes_change change;
 	unsigned int start, end;
+	int want, r;
 
 	create_small(test, state);
 	for (start = 0; start < SMALL_PAGES; start++) {
 		for (end = start + 1; end <= SMALL_PAGES; end++) {
+			want = start >= 2 && end <= 4 ? -EALREADY : 0;
 			down_write(&f->lock);
-			KUNIT_EXPECT_EQ(test, 0,
-					gmem_attributes_prepare(&f->ga, &change,
-								start, end, PRIVATE,
-								GFP_KERNEL));
-			gmem_attributes_abort(&change);
+			r = gmem_attributes_prepare(&f->ga, &change, start, end,
+						    PRIVATE, GFP_KERNEL);
+			if (!r)
+				gmem_attributes_abort(&change);
 			up_write(&f->lock);
+			KUNIT_EXPECT_EQ(test, want, r);
 			expect_small(test, state);
 		}
 	}

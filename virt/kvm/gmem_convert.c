@@ -262,18 +262,18 @@ int kvm_gmem_convert(struct inode *inode, pgoff_t start, pgoff_t end,
 
 	filemap_invalidate_lock(mapping);
 
-	if (gmem_attributes_are(&GMEM_I(inode)->attributes, start, end, attributes))
+	if (GMEM_I(inode)->allocator.order) {
+		if (!gmem_attributes_are(&GMEM_I(inode)->attributes, start, end,
+					 attributes))
+			r = -EOPNOTSUPP;
 		goto out;
-
-	r = -EOPNOTSUPP;
-	if (GMEM_I(inode)->allocator.order)
-		goto out;
+	}
 
 	r = gmem_convert_prepare(&c);
-	if (r)
-		goto out;
-
-	gmem_convert_commit(&c);
+	if (!r)
+		gmem_convert_commit(&c);
+	else if (r == -EALREADY)
+		r = 0;
 out:
 	filemap_invalidate_unlock(mapping);
 	*error = c.error;

@@ -508,6 +508,66 @@ TEST_F_TIMEOUT(numa, bound_to_each_node, SLOW)
 	hugetlb_expect(&self->before, -4, NUMA_PAGES - 4, "two pages on each node");
 }
 
+/* What each node has: after a page was used, after it was punched, after close. */
+enum { NODE_USE, NODE_PUNCH, NODE_CLOSE, NR_NODE_STEPS };
+static const char * const node_files[] = {
+	"nr_hugepages", "free_hugepages", "surplus_hugepages"
+};
+
+struct node_steps {
+	long val[NR_NODE_STEPS][2][ARRAY_SIZE(node_files)];
+};
+
+static void note_nodes(struct node_steps *steps, int step)
+{
+	int nid, i;
+
+	for (nid = 0; nid < 2; nid++)
+		for (i = 0; i < ARRAY_SIZE(node_files); i++)
+			steps->val[step][nid][i] =
+				hugetlb_read_node(SZ_2M, nid, node_files[i]);
+}
+
+TEST_F_TIMEOUT(numa, nodes_tell_what_they_tell_for_a_memfd, SLOW)
+{
+	struct node_steps memfd, gmem;
+	int nid, fd, i;
+	char *mem;
+
+	/* The fixture's file has reserved all pages. */
+	kvm_close(self->fd);
+	for (nid = 0; nid < 2; nid++) {
+		set_policy(MPOL_BIND, 1 << nid);
+
+		mem = hugetlb_memfd_map(SZ_2M, 1, &fd);
+		ASSERT_NE(MAP_FAILED, mem);
+		WRITE_ONCE(mem[0], 1);
+		note_nodes(&memfd, NODE_USE);
+		kvm_fallocate(fd, PUNCH_HOLE, 0, SZ_2M);
+		note_nodes(&memfd, NODE_PUNCH);
+		kvm_munmap(mem, SZ_2M);
+		kvm_close(fd);
+		note_nodes(&memfd, NODE_CLOSE);
+
+		fd = vm_create_guest_memfd(self->vm, SZ_2M, gmem_flags(SZ_2M));
+		kvm_fallocate(fd, ALLOCATE, 0, SZ_2M);
+		note_nodes(&gmem, NODE_USE);
+		kvm_fallocate(fd, PUNCH_HOLE, 0, SZ_2M);
+		note_nodes(&gmem, NODE_PUNCH);
+		kvm_close(fd);
+		hugetlb_expect_released(&self->before, "closed");
+		note_nodes(&gmem, NODE_CLOSE);
+
+		for (i = 0; i < sizeof(memfd) / sizeof(long); i++)
+			EXPECT_EQ(((long *)&memfd)[i], ((long *)&gmem)[i]);
+		EXPECT_EQ(memfd.val[NODE_CLOSE][nid][1] - 1,
+			  memfd.val[NODE_USE][nid][1]);
+	}
+
+	set_policy(MPOL_DEFAULT, 0);
+	self->fd = vm_create_guest_memfd(self->vm, SZ_2M, gmem_flags(SZ_2M));
+}
+
 TEST_F_TIMEOUT(numa, interleaved, SLOW)
 {
 	set_policy(MPOL_INTERLEAVE, 3);

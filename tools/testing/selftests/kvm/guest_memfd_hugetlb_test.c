@@ -621,7 +621,7 @@ TEST_F_TIMEOUT(hugetlb, surplus_is_never_reserved, SLOW)
 }
 
 /* Every counter after each step, as differences. */
-enum { STEP_CREATE, STEP_USE, STEP_CLOSE, NR_STEPS };
+enum { STEP_CREATE, STEP_USE, STEP_PUNCH, STEP_REUSE, STEP_CLOSE, NR_STEPS };
 
 static void note_step(const struct hugetlb_counters *before,
 		      struct hugetlb_counters *step)
@@ -639,7 +639,9 @@ static void note_step(const struct hugetlb_counters *before,
  */
 TEST_F_TIMEOUT(hugetlb, counters_tell_what_they_tell_for_a_memfd, SLOW)
 {
-	static const char * const names[] = { "create", "use one page", "close" };
+	static const char * const names[] = {
+		"create", "use one page", "punch it", "use it again", "close"
+	};
 	struct hugetlb_counters memfd[NR_STEPS], gmem[NR_STEPS], before;
 	const long nr = 2;
 	int fd, step, i;
@@ -653,6 +655,10 @@ TEST_F_TIMEOUT(hugetlb, counters_tell_what_they_tell_for_a_memfd, SLOW)
 	note_step(&before, &memfd[STEP_CREATE]);
 	WRITE_ONCE(mem[0], 1);
 	note_step(&before, &memfd[STEP_USE]);
+	kvm_fallocate(fd, PUNCH_HOLE, 0, self->page_size);
+	note_step(&before, &memfd[STEP_PUNCH]);
+	WRITE_ONCE(mem[0], 1);
+	note_step(&before, &memfd[STEP_REUSE]);
 	kvm_munmap(mem, nr * self->page_size);
 	kvm_close(fd);
 	note_step(&before, &memfd[STEP_CLOSE]);
@@ -662,9 +668,19 @@ TEST_F_TIMEOUT(hugetlb, counters_tell_what_they_tell_for_a_memfd, SLOW)
 	note_step(&before, &gmem[STEP_CREATE]);
 	kvm_fallocate(fd, ALLOCATE, 0, self->page_size);
 	note_step(&before, &gmem[STEP_USE]);
+	kvm_fallocate(fd, PUNCH_HOLE, 0, self->page_size);
+	note_step(&before, &gmem[STEP_PUNCH]);
+	kvm_fallocate(fd, ALLOCATE, 0, self->page_size);
+	note_step(&before, &gmem[STEP_REUSE]);
 	kvm_close(fd);
 	hugetlb_expect_released(&before, "closed");
 	note_step(&before, &gmem[STEP_CLOSE]);
+
+	/* What is punched stays reserved, as a VM cannot do without it. */
+	memfd[STEP_PUNCH].val[HUGETLB_RESV]++;
+	if (self->page_size == hugetlb_default_size())
+		memfd[STEP_PUNCH].val[HUGETLB_MEMINFO_RSVD]++;
+	memfd[STEP_PUNCH].val[HUGETLB_CG_RSVD] += self->page_size;
 
 	for (step = 0; step < NR_STEPS; step++) {
 		for (i = 0; i < NR_HUGETLB_COUNTERS; i++) {
