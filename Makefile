@@ -12,6 +12,8 @@ S := ./scripts
 on = $(filter-out 0,$(1))
 run-options = $(if $(call on,$(BASE)),--base) $(if $(call on,$(DEBUG)),--debug) \
 	$(if $(call on,$(ICOUNT)),--icount) $(OPTIONS)
+# Of test, test-debug: FILTER=glob, and REMEMBER=1 leaves out what has passed before.
+test-options = $(if $(FILTER),--filter '$(FILTER)') $(if $(call on,$(REMEMBER)),--remember)
 # LINUX= and KERNEL_TARBALL= go to scripts/fetch through the environment.
 export LINUX KERNEL_TARBALL JOBS GMEM_CACHE
 
@@ -20,8 +22,8 @@ export LINUX KERNEL_TARBALL JOBS GMEM_CACHE
 demo: kernel ## boot the patched kernel and show a VM on 1 GiB HugeTLB pages
 	@$S/demo
 test: kernel ## run all tests on the patched kernel (FILTER=glob for some)
-	@$S/test $(if $(FILTER),--filter '$(FILTER)')
-run: need-cmd run-kernel ## boot and run CMD='static-binary args' (DEBUG=1 ICOUNT=1 BASE=1 OPTIONS='--mem 8G')
+	@$S/test $(test-options)
+run: need-cmd run-kernel ## boot and run CMD='static-binary args' (DEBUG=1 ICOUNT=1 BASE=1 OPTIONS='--mem 8G'); scripts/run gives the command's exit status
 	@$S/run $(run-options) -- $(CMD)
 shell: run-kernel ## the same with an interactive shell (DEBUG=1 ICOUNT=1 BASE=1)
 	@$S/run $(run-options) --shell
@@ -66,7 +68,7 @@ git-am-check: fetch ## apply the patches as a distribution does: git am, quilt p
 ##@ Test more
 .PHONY: test-debug bench baseline
 test-debug: kernel-debug ## run all tests on the debug kernel (FILTER=glob for some)
-	@$S/test --debug $(if $(FILTER),--filter '$(FILTER)')
+	@$S/test --debug $(test-options)
 bench: kernel ## count the instructions that the work costs, against the base
 	@$S/bench
 baseline: keep-tree ## run the existing tests on the unpatched base, write tests/baseline

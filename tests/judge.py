@@ -11,7 +11,9 @@ import os
 import re
 import sys
 import tempfile
+import types
 import unittest
+from unittest import mock
 
 TOP = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 sys.dont_write_bytecode = True
@@ -176,6 +178,27 @@ class Judge(unittest.TestCase):
         outcome = test.Outcome()
         test.judge_baseline(subject, outcome, None)
         self.assertTrue(re.match("not in tests/baseline", outcome.objections[0]))
+
+    def test_memory(self):
+        line = "name tap series 10 --file kvm/helper=/bin/x -- kvm/x -n 1"
+        args = types.SimpleNamespace(base=False, debug=False)
+        read = []
+
+        def name(changed=None, line=line, args=args):
+            with mock.patch.object(test, "digest", lambda path: (
+                    read.append(path), "new" if path == changed else "old")[1]):
+                return test.memory(test.Test(line), args)
+
+        before = name()
+        self.assertEqual(before, name())
+        files = set(read)
+        for part in ("kernel/arch/x86/boot/bzImage", "kvm/x", "kvm/helper", "tests/skips",
+                     "tests/init.c", "scripts/run"):
+            self.assertTrue(any(path.endswith(part) for path in files), part)
+        for path in files:
+            self.assertNotEqual(before, name(path), path)
+        self.assertNotEqual(before, name(line=line.replace("-n 1", "-n 2")))
+        self.assertNotEqual(before, name(args=types.SimpleNamespace(base=False, debug=True)))
 
 
 if __name__ == "__main__":
