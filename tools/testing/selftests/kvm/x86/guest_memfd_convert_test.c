@@ -9,14 +9,20 @@
 #include <pthread.h>
 
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
 
+#include <asm/pvclock-abi.h>
+#include <uapi/linux/stddef.h>	/* for io_uring.h */
 #include <linux/falloc.h>
+#include <linux/io_uring.h>
 #include <linux/kvm.h>
+#include <linux/kvm_para.h>
 #include <linux/sizes.h>
 
+#include "../../../../../mm/gup_test.h"
 #include "kvm_test_harness.h"
 #include "gmem_guest.h"
 #include "hugetlb_util.h"
@@ -574,6 +580,235 @@ TEST_F(convert, pinned_page_cannot_become_private)
 	}
 }
 
+#define GUP_TEST	"/sys/kernel/debug/gup_test"
+
+/* As a device would be given memory, and for as long as it likes. */
+static void pin_longterm(int gup_test, void *p, u64 size, u32 flags)
+{
+	struct pin_longterm_test args = {
+		.addr = (uintptr_t)p,
+		.size = size,
+		.flags = flags,
+	};
+
+	TEST_ASSERT(!ioctl(gup_test, PIN_LONGTERM_TEST_START, &args),
+		    "Can't pin 0x%lx bytes, flags %u: errno %d (%s)", size, flags,
+		    errno, strerror(errno));
+}
+
+TEST_F(convert, long_term_pins)
+{
+	const u32 flags[] = {
+		0, PIN_LONGTERM_TEST_FLAG_USE_FAST, PIN_LONGTERM_TEST_FLAG_USE_WRITE,
+		PIN_LONGTERM_TEST_FLAG_USE_FAST | PIN_LONGTERM_TEST_FLAG_USE_WRITE,
+	};
+	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) }, error;
+	u64 buf[FILE_SIZE / sizeof(u64)], *p = buf;
+	int gup_test, i, first, nr;
+
+	gup_test = open(GUP_TEST, O_RDWR);
+	if (gup_test < 0)
+		SKIP(return, "no " GUP_TEST);
+
+	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	for (i = 0; i < NR_PAGES; i++)
+		*word(&self->t, i) = values[i];
+
+	for (i = 0; i < ARRAY_SIZE(flags); i++) {
+		for (first = 0; first < NR_PAGES; first++) {
+			for (nr = 1; first + nr <= NR_PAGES; nr++) {
+				pin_longterm(gup_test, word(&self->t, first),
+					     nr * SZ_4K, flags[i]);
+				EXPECT_EQ(-1, gmem_convert(self->t.fd, 0, FILE_SIZE,
+							   PRIVATE, &error));
+				EXPECT_EQ(EAGAIN, errno);
+				EXPECT_EQ(first * SZ_4K, error);
+				check_all(&self->t, -1ul, values);
+				ASSERT_EQ(0, ioctl(gup_test, PIN_LONGTERM_TEST_READ, &p));
+				EXPECT_EQ(values[first], *p);
+
+				/* Nothing is in the way of what comes after them. */
+				if (first + nr < NR_PAGES)
+					convert(self->t.fd, (first + nr) * SZ_4K,
+						FILE_SIZE - (first + nr) * SZ_4K,
+						PRIVATE);
+				check_all(&self->t, BIT(first + nr) - 1, values);
+
+				ASSERT_EQ(0, ioctl(gup_test, PIN_LONGTERM_TEST_STOP));
+				convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+				check_all(&self->t, 0, values);
+				convert(self->t.fd, 0, FILE_SIZE, SHARED);
+			}
+		}
+	}
+	kvm_close(gup_test);
+}
+
+/* Buffers that io_uring keeps. */
+TEST_F(convert, io_uring_buffers)
+{
+	struct iovec iov = { .iov_base = word(&self->t, 1), .iov_len = 2 * SZ_4K };
+	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) }, error;
+	struct io_uring_params params = {};
+	int ring, i, r;
+
+	ring = syscall(__NR_io_uring_setup, 1, &params);
+	if (ring < 0)
+		SKIP(return, "no io_uring");
+
+	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	for (i = 0; i < NR_PAGES; i++)
+		*word(&self->t, i) = values[i];
+
+	ASSERT_EQ(0, syscall(__NR_io_uring_register, ring, IORING_REGISTER_BUFFERS,
+			     &iov, 1));
+	EXPECT_EQ(-1, gmem_convert(self->t.fd, 0, FILE_SIZE, PRIVATE, &error));
+	EXPECT_EQ(EAGAIN, errno);
+	EXPECT_EQ(SZ_4K, error);
+	convert(self->t.fd, 3 * SZ_4K, SZ_4K, PRIVATE);
+	check_all(&self->t, GENMASK(2, 0), values);
+
+	/* The pages are let go soon after. */
+	ASSERT_EQ(0, syscall(__NR_io_uring_register, ring, IORING_UNREGISTER_BUFFERS,
+			     NULL, 0));
+	do {
+		r = gmem_convert(self->t.fd, 0, FILE_SIZE, PRIVATE, &error);
+	} while (r && errno == EAGAIN);
+	EXPECT_EQ(0, r);
+	check_all(&self->t, 0, values);
+	EXPECT_EQ(-1, syscall(__NR_io_uring_register, ring, IORING_REGISTER_BUFFERS,
+			      &iov, 1));
+	EXPECT_EQ(EFAULT, errno);
+	kvm_close(ring);
+}
+
+/* How often @value is in a file, at any multiple of its size. */
+static long count_in_file(const char *path, u64 value)
+{
+	u64 buf[SZ_4K / sizeof(u64)];
+	int fd = open_path_or_exit(path, O_RDONLY);
+	long nr = 0;
+	ssize_t len;
+	int i;
+
+	while ((len = read(fd, buf, sizeof(buf))) > 0)
+		for (i = 0; i < len / sizeof(u64); i++)
+			nr += buf[i] == value;
+	TEST_ASSERT(!len, "Can't read %s", path);
+	kvm_close(fd);
+	return nr;
+}
+
+static void write_file(const char *path, const char *text)
+{
+	int fd = open_path_or_exit(path, O_WRONLY);
+
+	TEST_ASSERT(write(fd, text, strlen(text)) == strlen(text),
+		    "Can't write to %s", path);
+	kvm_close(fd);
+}
+
+#define CORE_PATTERN	"/proc/sys/kernel/core_pattern"
+#define CORE		"gmem_core"
+
+TEST_F(convert, core_dump_holds_only_what_is_shared)
+{
+	const struct rlimit unlimited = { RLIM_INFINITY, RLIM_INFINITY };
+	/* In the middle of a page, so that it is in no variable. */
+	const u64 offset = SZ_2K + 8;
+	char old[128] = {};
+	int fd, status, i;
+	pid_t pid;
+
+	fd = open(CORE_PATTERN, O_RDONLY);
+	if (fd < 0)
+		SKIP(return, "no " CORE_PATTERN);
+	ASSERT_LT(0, read(fd, old, sizeof(old) - 1));
+	kvm_close(fd);
+
+	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	for (i = 0; i < NR_PAGES; i++) {
+		gmem_guest_do(self->t.vcpu, GMEM_WRITE, GMEM_GPA + i * SZ_4K, SZ_4K, 8,
+			      VALUE(i));
+		/* What is in a page table is dumped. */
+		READ_ONCE(*word(&self->t, i));
+	}
+	convert(self->t.fd, 0, 2 * SZ_4K, PRIVATE);
+
+	write_file(CORE_PATTERN, CORE);
+	pid = fork();
+	TEST_ASSERT(pid >= 0, "fork() failed");
+	if (!pid) {
+		write_file("/proc/self/coredump_filter", "0x7f");
+		setrlimit(RLIMIT_CORE, &unlimited);
+		signal(SIGABRT, SIG_DFL);
+		abort();
+	}
+	ASSERT_EQ(pid, waitpid(pid, &status, 0));
+	write_file(CORE_PATTERN, old);
+	ASSERT_TRUE(WIFSIGNALED(status) && WCOREDUMP(status));
+	for (i = 0; i < NR_PAGES; i++)
+		EXPECT_EQ(i < 2 ? 0 : 1, count_in_file(CORE, VALUE(i) + offset));
+	unlink(CORE);
+}
+
+#define NR_RELEASED	64
+#define RELEASE_US	6000
+
+struct release {
+	int fds[NR_RELEASED][2];
+};
+
+/* Each page is let go in time, if the time for it only began when it was its turn. */
+static void *release_one_by_one(void *data)
+{
+	struct release *r = data;
+	int i;
+
+	for (i = 0; i < NR_RELEASED; i++) {
+		usleep(RELEASE_US);
+		kvm_close(r->fds[i][0]);
+		kvm_close(r->fds[i][1]);
+	}
+	return NULL;
+}
+
+/* Time is what is tested here.  A machine that is busy elsewhere has more tries. */
+TEST_F(convert, wait_for_pins_is_bounded_for_all_pages_together)
+{
+	const u64 size = NR_RELEASED * SZ_4K;
+	struct release release;
+	pthread_t thread;
+	int fd, i, r, err, tries;
+	u64 error;
+	char *mem;
+
+	fd = vm_create_guest_memfd(self->t.vm, size, GUEST_MEMFD_FLAG_MMAP |
+				   GUEST_MEMFD_FLAG_INIT_SHARED);
+	mem = kvm_mmap(size, PROT_READ | PROT_WRITE, MAP_SHARED, fd);
+	for (tries = 0; tries < 5; tries++) {
+		for (i = 0; i < NR_RELEASED; i++) {
+			TEST_ASSERT(!pipe(release.fds[i]), "pipe() failed");
+			pin(release.fds[i][1], mem + i * SZ_4K);
+		}
+		kvm_pthread_create(&thread, NULL, release_one_by_one, &release);
+		r = gmem_convert(fd, 0, size, PRIVATE, &error);
+		err = errno;
+		kvm_pthread_join(thread, NULL);
+
+		if (r) {
+			EXPECT_EQ(EAGAIN, err);
+			EXPECT_GT(size / 2, error);
+			break;
+		}
+		convert(fd, 0, size, SHARED);
+	}
+	EXPECT_NE(5, tries);
+	convert(fd, 0, size, PRIVATE);
+	kvm_munmap(mem, size);
+	kvm_close(fd);
+}
+
 /* Doors through which the kernel would fetch memory for somebody. */
 static void expect_doors(struct convert_test *self, int page, bool shared)
 {
@@ -637,6 +872,119 @@ TEST_F(convert, doors_are_shut_for_private_memory)
 	EXPECT_EQ(0, gmem_host_pfn(to));
 	TEST_EXPECT_SIGBUS(READ_ONCE(*to));
 	kvm_munmap(to, FILE_SIZE);
+}
+
+struct knocking {
+	struct convert_test *t;
+	bool stop;
+	long opened, shut;
+};
+
+static void count_door(struct knocking *k, bool opened)
+{
+	if (opened)
+		WRITE_ONCE(k->opened, k->opened + 1);
+	else
+		WRITE_ONCE(k->shut, k->shut + 1);
+}
+
+static void *knock(void *data)
+{
+	struct knocking *k = data;
+	u64 *p = word(k->t, 1), value = VALUE(-1), buf;
+	struct iovec local = { .iov_base = &value, .iov_len = 8 };
+	struct iovec remote = { .iov_base = p, .iov_len = 8 };
+	int mem = open_path_or_exit("/proc/self/mem", O_RDWR), fds[2];
+
+	TEST_ASSERT(!pipe(fds), "pipe() failed");
+	while (!READ_ONCE(k->stop)) {
+		count_door(k, process_vm_writev(getpid(), &local, 1, &remote, 1, 0) == 8);
+		count_door(k, pwrite(mem, &value, 8, (uintptr_t)p) == 8);
+		count_door(k, !madvise(p, SZ_4K, MADV_POPULATE_WRITE));
+		TEST_ASSERT(write(fds[1], &value, 8) == 8, "write() failed");
+		count_door(k, read(fds[0], p, 8) == 8);
+		/* What could not be copied may still be there, or not. */
+		kvm_close(fds[0]);
+		kvm_close(fds[1]);
+		TEST_ASSERT(!pipe(fds), "pipe() failed");
+		/* Pins for a moment. */
+		if (vmsplice(fds[1], &remote, 1, 0) == 8)
+			TEST_ASSERT(read(fds[0], &buf, 8) == 8, "read() failed");
+	}
+	kvm_close(fds[0]);
+	kvm_close(fds[1]);
+	kvm_close(mem);
+	return NULL;
+}
+
+/* Nothing that goes through a door before arrives after the page has become private. */
+TEST_F(convert, doors_while_memory_becomes_private)
+{
+	struct knocking k = { .t = &self->t };
+	long refused = 0, opened, shut;
+	pthread_t thread;
+	u64 error;
+	int i;
+
+	kvm_pthread_create(&thread, NULL, knock, &k);
+	for (i = 0; i < 100; i++) {
+		convert(self->t.fd, 0, FILE_SIZE, SHARED);
+		opened = READ_ONCE(k.opened);
+		while (READ_ONCE(k.opened) == opened)
+			sched_yield();
+
+		while (gmem_convert(self->t.fd, 0, FILE_SIZE, PRIVATE, &error)) {
+			TEST_ASSERT(errno == EAGAIN && error == SZ_4K,
+				    "errno %d (%s) at 0x%lx", errno, strerror(errno), error);
+			refused++;
+		}
+		guest_write(&self->t, 1, VALUE(i));
+		expect_doors(&self->t, 1, false);
+		shut = READ_ONCE(k.shut);
+		while (READ_ONCE(k.shut) < shut + 4)
+			guest_check(&self->t, 1, VALUE(i));
+	}
+	WRITE_ONCE(k.stop, true);
+	kvm_pthread_join(thread, NULL);
+	TH_LOG("%ld times through a door, %ld times not, %ld conversions refused",
+	       k.opened, k.shut, refused);
+}
+
+/* One more update of the clock that KVM keeps for the guest; pages of VALUE(page). */
+static void update_clock(struct convert_test *self, int page)
+{
+	vcpu_ioctl(self->vcpu, KVM_KVMCLOCK_CTRL, NULL);
+	guest_check(self, page, VALUE(page));
+}
+
+/* KVM reads and writes through the host's mapping, and remembers where that leads. */
+TEST_F(convert, kvm_keeps_out_of_private_memory)
+{
+	struct pvclock_vcpu_time_info *clock = (void *)self->t.mem;
+	u32 version;
+
+	gmem_delete_slot(self->t.vm, GMEM_SLOT);
+	vm_set_user_memory_region2(self->t.vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD,
+				   GMEM_GPA, FILE_SIZE, self->t.mem, self->t.fd, 0);
+	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	guest_write(&self->t, 1, VALUE(1));
+
+	vcpu_set_msr(self->t.vcpu, MSR_KVM_SYSTEM_TIME_NEW, GMEM_GPA | KVM_MSR_ENABLED);
+	update_clock(&self->t, 1);
+	version = READ_ONCE(clock->version);
+	EXPECT_NE(0, version);
+	update_clock(&self->t, 1);
+	EXPECT_NE(version, READ_ONCE(clock->version));
+
+	convert(self->t.fd, 0, SZ_4K, PRIVATE);
+	guest_write(&self->t, 0, VALUE(0));
+	update_clock(&self->t, 1);
+	update_clock(&self->t, 0);
+	convert(self->t.fd, 0, SZ_4K, SHARED);
+	EXPECT_EQ(VALUE(0), *word(&self->t, 0));
+
+	update_clock(&self->t, 1);
+	EXPECT_NE(VALUE(0), *word(&self->t, 0));
 }
 
 TEST_F(convert, errors)

@@ -236,7 +236,7 @@ static void set_stage(struct nth_test *self, const struct sweep *s)
 {
 	hugetlb_get(self->page_size, &self->before);
 	self->vm = gmem_vm_create(1, &self->vcpu);
-	vm_mem_set_private(self->vm, GMEM_GPA, SZ_4M);
+	gmem_vm_set_attributes(self->vm, GMEM_GPA, SZ_4M, KVM_MEMORY_ATTRIBUTE_PRIVATE);
 	if (s->file)
 		TEST_ASSERT(!create(self), "Can't create a file");
 	if (s->slot)

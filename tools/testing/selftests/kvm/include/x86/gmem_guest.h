@@ -48,6 +48,12 @@ struct gmem_command {
  */
 struct kvm_vm *gmem_vm_create(int nr_vcpus, struct kvm_vcpu *vcpus[]);
 
+/*
+ * What the VM is to know of its memory: 0 or KVM_MEMORY_ATTRIBUTE_PRIVATE.  Nothing, if
+ * guest_memfd files know: these are created private.
+ */
+void gmem_vm_set_attributes(struct kvm_vm *vm, gpa_t gpa, u64 size, u64 attributes);
+
 /* Bind [offset, offset + size) of the file at @gpa, private. */
 void gmem_add_slot(struct kvm_vm *vm, u32 slot, gpa_t gpa, u64 size, int fd,
 		   u64 offset);

@@ -73,12 +73,18 @@ struct kvm_vm *gmem_vm_create(int nr_vcpus, struct kvm_vcpu *vcpus[])
 	return vm;
 }
 
+void gmem_vm_set_attributes(struct kvm_vm *vm, gpa_t gpa, u64 size, u64 attributes)
+{
+	if (!kvm_converts_in_place())
+		vm_set_memory_attributes(vm, gpa, size, attributes);
+}
+
 void gmem_add_slot(struct kvm_vm *vm, u32 slot, gpa_t gpa, u64 size, int fd,
 		   u64 offset)
 {
 	vm_set_user_memory_region2(vm, slot, KVM_MEM_GUEST_MEMFD, gpa, size,
 				   NULL, fd, offset);
-	vm_mem_set_private(vm, gpa, size);
+	gmem_vm_set_attributes(vm, gpa, size, KVM_MEMORY_ATTRIBUTE_PRIVATE);
 }
 
 void gmem_delete_slot(struct kvm_vm *vm, u32 slot)
