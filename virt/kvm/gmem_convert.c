@@ -100,7 +100,11 @@ static int gmem_convert_walk_folios(struct gmem_conversion *c, bool killable,
 	return r;
 }
 
-/* Unmap what a fault on the host has mapped since the range was unmapped. */
+/*
+ * Unmap what a fault on the host has mapped since the range was unmapped.  Whoever has
+ * the folio lock does not wait for anything that user space could hold up: a fault has
+ * got its page table before, and memory_failure() leaves all that to a worker.
+ */
 static int gmem_convert_unmap_folio(struct gmem_conversion *c, struct folio *folio)
 {
 	if (folio_lock_killable(folio))
