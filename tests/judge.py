@@ -199,6 +199,20 @@ class Judge(unittest.TestCase):
             self.assertNotEqual(before, name(path), path)
         self.assertNotEqual(before, name(line=line.replace("-n 1", "-n 2")))
         self.assertNotEqual(before, name(args=types.SimpleNamespace(base=False, debug=True)))
+        self.assertIsNone(name(line=line.replace("name", "some_race_test")))
+
+    def test_what_has_failed_is_not_remembered(self):
+        outcome = test.Outcome()
+        outcome.memory = os.path.join(self.enterContext(tempfile.TemporaryDirectory()), "a", "b")
+        outcome.results = {"a": "ok"}
+        self.assertFalse(test.recall(outcome))
+        test.keep(outcome)
+        self.assertTrue(test.recall(outcome))
+        outcome.objections = ["not ok: a"]
+        test.keep(outcome)
+        outcome.objections = []
+        test.keep(outcome)
+        self.assertFalse(test.recall(outcome))
 
 
 if __name__ == "__main__":
