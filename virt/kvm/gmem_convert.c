@@ -34,7 +34,6 @@
  */
 #include <linux/delay.h>
 #include <linux/folio_batch.h>
-#include <linux/ktime.h>
 #include <linux/kvm_host.h>
 #include <linux/pagemap.h>
 #include <linux/sched/signal.h>
@@ -42,8 +41,9 @@
 
 #include "guest_memfd.h"
 
-/* For how long a conversion waits for references to go, all in all. */
-#define GMEM_CONVERT_WAIT_MS	10
+/* For how long a conversion waits for references to go, and how often: 10 ms in all. */
+#define GMEM_CONVERT_WAIT_US	100
+#define GMEM_CONVERT_NR_WAITS	100
 
 /**
  * struct gmem_conversion - a conversion on its way
@@ -53,7 +53,7 @@
  * @attributes: KVM_MEMORY_ATTRIBUTE_* that the range shall have
  * @change: the new attributes, ready to be stored
  * @drained: which of the CPUs' batches of folios have been emptied
- * @deadline: end of all waiting, or 0 if there has been none
+ * @nr_waits: how often references have been waited for
  * @error: index of the page that is to blame if the conversion fails
  */
 struct gmem_conversion {
@@ -63,7 +63,7 @@ struct gmem_conversion {
 	u64 attributes;
 	struct gmem_attributes_change change;
 	enum lru_cache_drained drained;
-	ktime_t deadline;
+	unsigned int nr_waits;
 	pgoff_t error;
 };
 
@@ -129,17 +129,17 @@ static bool gmem_convert_is_unused(struct folio *folio)
 	return !surplus || (surplus == 1 && folio_test_hwpoison(folio));
 }
 
-/* Wait a little, unless that has been done for long enough. */
+/*
+ * Wait a little, unless that has been done often enough.  Only that counts, and not what
+ * else takes time: the larger a range, and the busier the machine, the more references
+ * are met with that others need for a moment only.
+ */
 static bool gmem_convert_wait(struct gmem_conversion *c)
 {
-	ktime_t now = ktime_get();
-
-	if (!c->deadline)
-		c->deadline = ktime_add_ms(now, GMEM_CONVERT_WAIT_MS);
-	if (ktime_after(now, c->deadline))
+	if (c->nr_waits++ >= GMEM_CONVERT_NR_WAITS)
 		return false;
 
-	usleep_range(50, 100);
+	usleep_range(GMEM_CONVERT_WAIT_US / 2, GMEM_CONVERT_WAIT_US);
 	return true;
 }
 

@@ -368,6 +368,49 @@ TEST_F_TIMEOUT(race, lookups_by_others, SLOW)
 }
 
 /*
+ * A conversion that takes longer than it would wait for a page meets with many of these
+ * references, and none of them is a reason to refuse it.
+ */
+#define LARGE_SIZE	SZ_512M
+
+static void *look_at_large(void *arg)
+{
+	static unsigned char vec[LARGE_SIZE / SZ_4K];
+	struct race *r = arg;
+
+	while (!READ_ONCE(r->stop)) {
+		TEST_ASSERT(!mincore(r->mem, LARGE_SIZE, vec), "mincore() failed");
+		__atomic_add_fetch(&r->other_rounds, 1, __ATOMIC_RELAXED);
+	}
+	return NULL;
+}
+
+TEST_F_TIMEOUT(race, large_range_and_lookups, SLOW)
+{
+	struct race r = { .vm = self->r.vm };
+	pthread_t threads[2];
+	int i;
+
+	r.fd = vm_create_guest_memfd(r.vm, LARGE_SIZE, GUEST_MEMFD_FLAG_MMAP);
+	r.mem = kvm_mmap(LARGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, r.fd);
+	kvm_fallocate(r.fd, FALLOC_FL_KEEP_SIZE, 0, LARGE_SIZE);
+	for (i = 0; i < ARRAY_SIZE(threads); i++)
+		kvm_pthread_create(&threads[i], NULL, look_at_large, &r);
+	while (r.conversions < NR_CONVERSIONS / 4 || READ_ONCE(r.other_rounds) < NR_ROUNDS) {
+		i = gmem_convert(r.fd, 0, LARGE_SIZE, r.conversions & 1 ? PRIVATE : SHARED, NULL);
+		TEST_ASSERT(!i, "Conversion %ld: errno %d (%s)", r.conversions, errno,
+			    strerror(errno));
+		r.conversions++;
+	}
+	WRITE_ONCE(r.stop, true);
+	for (i = 0; i < ARRAY_SIZE(threads); i++)
+		kvm_pthread_join(threads[i], NULL);
+	ksft_print_msg("%ld conversions, %ld others\n", r.conversions, r.other_rounds);
+	kvm_munmap(r.mem, LARGE_SIZE);
+	kvm_close(r.fd);
+}
+
+/*
  * A guest that reads what may not be there, and takes what it gets for it: memory,
  * nothing at all (MMIO), or an error.
  */
