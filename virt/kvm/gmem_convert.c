@@ -45,6 +45,9 @@
 #define GMEM_CONVERT_WAIT_US	100
 #define GMEM_CONVERT_NR_WAITS	100
 
+/* How many folios with references are put off until the others have been checked. */
+#define GMEM_CONVERT_NR_BUSY	16
+
 /**
  * struct gmem_conversion - a conversion on its way
  * @inode: whose memory is converted
@@ -54,6 +57,8 @@
  * @change: the new attributes, ready to be stored
  * @drained: which of the CPUs' batches of folios have been emptied
  * @nr_waits: how often references have been waited for
+ * @busy: folios that had references, by index, in that order
+ * @nr_busy: how many
  * @error: index of the page that is to blame if the conversion fails
  */
 struct gmem_conversion {
@@ -64,6 +69,8 @@ struct gmem_conversion {
 	struct gmem_attributes_change change;
 	enum lru_cache_drained drained;
 	unsigned int nr_waits;
+	pgoff_t busy[GMEM_CONVERT_NR_BUSY];
+	unsigned int nr_busy;
 	pgoff_t error;
 };
 
@@ -143,21 +150,49 @@ static bool gmem_convert_wait(struct gmem_conversion *c)
 	return true;
 }
 
+/* What has been put off until now must not be used any more, or not for long. */
+static int gmem_convert_check_busy(struct gmem_conversion *c)
+{
+	struct folio *folio;
+	unsigned int i;
+	bool unused;
+
+	for (i = 0; i < c->nr_busy; i++) {
+		folio = filemap_get_folio(c->inode->i_mapping, c->busy[i]);
+		if (IS_ERR(folio))
+			continue;
+
+		do {
+			unused = gmem_convert_is_unused(folio);
+		} while (!unused && gmem_convert_wait(c));
+		folio_put(folio);
+
+		if (!unused) {
+			c->error = c->busy[i];
+			return -EAGAIN;
+		}
+	}
+
+	c->nr_busy = 0;
+	return 0;
+}
+
+/*
+ * A reference that somebody needs for a moment is likely to be gone once the other
+ * folios have been checked, and nobody can get one that lasts: come back later, instead
+ * of waiting for each.
+ */
 static int gmem_convert_check_folio(struct gmem_conversion *c, struct folio *folio)
 {
 	if (gmem_convert_is_unused(folio))
 		return 0;
 
 	lru_cache_drain_for_folio(folio, 1, &c->drained);
+	if (gmem_convert_is_unused(folio))
+		return 0;
 
-	while (!gmem_convert_is_unused(folio)) {
-		if (!gmem_convert_wait(c)) {
-			c->error = folio->index;
-			return -EAGAIN;
-		}
-	}
-
-	return 0;
+	c->busy[c->nr_busy++] = folio->index;
+	return c->nr_busy < GMEM_CONVERT_NR_BUSY ? 0 : gmem_convert_check_busy(c);
 }
 
 /*
@@ -175,7 +210,8 @@ static int gmem_convert_take_from_host(struct gmem_conversion *c)
 	if (r)
 		return r;
 
-	return gmem_convert_walk_folios(c, true, gmem_convert_check_folio);
+	r = gmem_convert_walk_folios(c, true, gmem_convert_check_folio);
+	return r ?: gmem_convert_check_busy(c);
 }
 
 static int gmem_convert_prepare(struct gmem_conversion *c)
