@@ -369,7 +369,7 @@ TEST_F_TIMEOUT(race, lookups_by_others, SLOW)
 
 /*
  * A conversion that takes longer than it would wait for a page meets with many of these
- * references, and none of them is a reason to refuse it.
+ * references, and they are hardly ever a reason to refuse it.
  */
 #define LARGE_SIZE	SZ_512M
 
@@ -398,14 +398,21 @@ TEST_F_TIMEOUT(race, large_range_and_lookups, SLOW)
 		kvm_pthread_create(&threads[i], NULL, look_at_large, &r);
 	while (r.conversions < NR_CONVERSIONS / 4 || READ_ONCE(r.other_rounds) < NR_ROUNDS) {
 		i = gmem_convert(r.fd, 0, LARGE_SIZE, r.conversions & 1 ? PRIVATE : SHARED, NULL);
-		TEST_ASSERT(!i, "Conversion %ld: errno %d (%s)", r.conversions, errno,
-			    strerror(errno));
+		TEST_ASSERT(!i || errno == EAGAIN, "Conversion %ld: errno %d (%s)",
+			    r.conversions, errno, strerror(errno));
+		if (i) {
+			/* Who has the page may not get to run for long enough. */
+			r.refused++;
+			TEST_ASSERT(r.refused <= NR_CONVERSIONS / 16, "Refused too often");
+			continue;
+		}
 		r.conversions++;
 	}
 	WRITE_ONCE(r.stop, true);
 	for (i = 0; i < ARRAY_SIZE(threads); i++)
 		kvm_pthread_join(threads[i], NULL);
-	ksft_print_msg("%ld conversions, %ld others\n", r.conversions, r.other_rounds);
+	ksft_print_msg("%ld conversions (%ld refused), %ld others\n", r.conversions,
+		       r.refused, r.other_rounds);
 	kvm_munmap(r.mem, LARGE_SIZE);
 	kvm_close(r.fd);
 }
