@@ -12,8 +12,10 @@ S := ./scripts
 on = $(filter-out 0,$(1))
 run-options = $(if $(call on,$(BASE)),--base) $(if $(call on,$(DEBUG)),--debug) \
 	$(if $(call on,$(ICOUNT)),--icount) $(OPTIONS)
-# Of test, test-debug: FILTER=glob, and REMEMBER=1 leaves out what has passed before.
-test-options = $(if $(FILTER),--filter '$(FILTER)') $(if $(call on,$(REMEMBER)),--remember)
+# Of test, test-debug: FILTER=glob, REMEMBER=1 leaves out what has passed before, and
+# QUICK=1 what is slow.
+test-options = $(if $(FILTER),--filter '$(FILTER)') $(if $(call on,$(REMEMBER)),--remember) \
+	$(if $(call on,$(QUICK)),--quick)
 # LINUX= and KERNEL_TARBALL= go to scripts/fetch through the environment.
 export LINUX KERNEL_TARBALL JOBS GMEM_CACHE
 
