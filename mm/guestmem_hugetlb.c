@@ -17,13 +17,17 @@
  * cgroup, and to the memory cgroup if that is told to account HugeTLB, of the
  * task that first touches it.
  *
- * In the page cache a page is one HugeTLB folio.  hugetlb_fault_mutex_table[]
- * serializes everything that happens to a huge page, lookups included.  It nests
- * inside filemap_invalidate_lock() and, as in hugetlbfs, outside the folio lock.
+ * What folios a page is in is the job of guestmem_folios.c.
+ *
+ * hugetlb_fault_mutex_table[] serializes everything that happens to a huge page,
+ * lookups included.  It nests inside filemap_invalidate_lock() and, as in hugetlbfs,
+ * outside the folio lock.  Splitting and merging what the file has excludes all that by
+ * holding the former exclusively.
  *
  * The last reference to a folio may be dropped after the file has gone, from
- * any context, by free_huge_folio().  It needs nothing but the folio and its
- * subpool, so this code is built in even if KVM is a module.
+ * any context, by free_huge_folio(), or free_guestmem_folio() if it is a piece of a
+ * huge page.  These need nothing but the folio, its subpool, and a worker, so this code
+ * is built in even if KVM is a module.
  */
 #include <linux/export.h>
 #include <linux/guestmem.h>
@@ -35,6 +39,7 @@
 #include <linux/sched/mm.h>
 #include <linux/slab.h>
 
+#include "guestmem_folios.h"
 #include "hugetlb_internal.h"
 
 /**
@@ -115,6 +120,7 @@ static struct folio *guestmem_hugetlb_get(struct guestmem_allocator *gm,
 	struct guestmem_hugetlb *gh = gm->private;
 	struct mempolicy_interpreted mpoli = {};
 	struct mempolicy *policy, *shared;
+	unsigned int pin;
 	struct folio *folio;
 
 	/*
@@ -131,9 +137,17 @@ static struct folio *guestmem_hugetlb_get(struct guestmem_allocator *gm,
 #ifdef CONFIG_NUMA
 	mpoli.mode = policy->mode;
 #endif
+	/*
+	 * What userspace can map it can pin for good, and pages do not migrate out of
+	 * where such pages must not be.
+	 */
+	if (gm->is_private || gm->is_mappable)
+		pin = memalloc_pin_save();
 	folio = hugetlb_alloc_folio(gh->h, &mpoli, current->mm,
 				    HUGETLB_ALLOC_USE_GLOBAL_RESERVATIONS |
 				    HUGETLB_ALLOC_NO_SURPLUS);
+	if (gm->is_private || gm->is_mappable)
+		memalloc_pin_restore(pin);
 	mpol_cond_put(shared);
 
 	if (IS_ERR(folio)) {
@@ -151,22 +165,13 @@ static struct folio *guestmem_hugetlb_get(struct guestmem_allocator *gm,
 	return folio;
 }
 
-/* Make a zeroed page and let others find it. */
-static struct folio *guestmem_hugetlb_add(struct guestmem_allocator *gm,
-					  pgoff_t index)
+/* Let others find a new page. */
+static struct folio *guestmem_hugetlb_add_whole(struct guestmem_allocator *gm,
+						struct folio *folio, pgoff_t index)
 {
-	struct folio *folio;
 	int r;
 
-	lockdep_assert_held(guestmem_hugetlb_mutex(gm, index));
-
-	folio = guestmem_hugetlb_get(gm, index);
-	if (IS_ERR(folio))
-		return folio;
-
-	folio_zero_user(folio, 0);
-	__folio_mark_uptodate(folio);
-
+	folio_mark_uptodate(folio);
 	__folio_set_locked(folio);
 	r = __filemap_add_folio(gm->mapping, folio, index, GFP_KERNEL, NULL);
 	if (r) {
@@ -179,12 +184,35 @@ static struct folio *guestmem_hugetlb_add(struct guestmem_allocator *gm,
 	return folio;
 }
 
+/* Make a zeroed page and let others find it. */
+static struct folio *guestmem_hugetlb_add(struct guestmem_allocator *gm,
+					  pgoff_t index)
+{
+	pgoff_t first = round_down(index, 1UL << gm->order);
+	struct folio *folio;
+	int r;
+
+	lockdep_assert_held(guestmem_hugetlb_mutex(gm, index));
+
+	folio = guestmem_hugetlb_get(gm, first);
+	if (IS_ERR(folio))
+		return folio;
+
+	folio_zero_user(folio, 0);
+	if (guestmem_folios_is_whole(gm, first))
+		return guestmem_hugetlb_add_whole(gm, folio, first);
+
+	r = guestmem_folios_add(gm, folio, first);
+	if (r)
+		return ERR_PTR(r);
+
+	return filemap_lock_folio(gm->mapping, index);
+}
+
 static struct folio *guestmem_hugetlb_allocate(struct guestmem_allocator *gm,
 					       pgoff_t index)
 {
 	struct folio *folio;
-
-	index = round_down(index, 1UL << gm->order);
 
 	guard(mutex)(guestmem_hugetlb_mutex(gm, index));
 
@@ -195,7 +223,8 @@ static struct folio *guestmem_hugetlb_allocate(struct guestmem_allocator *gm,
 	return guestmem_hugetlb_add(gm, index);
 }
 
-static void guestmem_hugetlb_remove(struct guestmem_allocator *gm, pgoff_t index)
+static void guestmem_hugetlb_remove(struct guestmem_allocator *gm, pgoff_t index,
+				    enum lru_cache_drained *drained)
 {
 	struct folio *folio;
 
@@ -204,6 +233,13 @@ static void guestmem_hugetlb_remove(struct guestmem_allocator *gm, pgoff_t index
 	folio = filemap_lock_folio(gm->mapping, index);
 	if (IS_ERR(folio))
 		return;
+
+	if (!folio_test_hugetlb(folio)) {
+		folio_unlock(folio);
+		folio_put(folio);
+		guestmem_folios_remove(gm, index, drained);
+		return;
+	}
 
 	folio_clear_uptodate(folio);
 	filemap_remove_folio(folio);
@@ -220,12 +256,16 @@ static void guestmem_hugetlb_remove(struct guestmem_allocator *gm, pgoff_t index
 static void guestmem_hugetlb_free(struct guestmem_allocator *gm, pgoff_t start,
 				  pgoff_t end)
 {
+	enum lru_cache_drained drained = LRU_CACHE_NOT_DRAINED;
 	unsigned long index = start;
+
+	/* All of it before the first page, so that batches are emptied once. */
+	unmap_mapping_pages(gm->mapping, start, end - start, false);
 
 	while (index < end &&
 	       xa_find(&gm->mapping->i_pages, &index, end - 1, XA_PRESENT)) {
 		index = round_down(index, 1UL << gm->order);
-		guestmem_hugetlb_remove(gm, index);
+		guestmem_hugetlb_remove(gm, index, &drained);
 		index += 1UL << gm->order;
 		cond_resched();
 	}
@@ -236,6 +276,10 @@ static const struct guestmem_allocator_operations guestmem_hugetlb_ops = {
 	.unreserve	= guestmem_hugetlb_unreserve,
 	.allocate	= guestmem_hugetlb_allocate,
 	.free		= guestmem_hugetlb_free,
+	.max_order	= guestmem_folios_max_order,
+	.prepare	= guestmem_folios_prepare,
+	.commit		= guestmem_folios_commit,
+	.abort		= guestmem_folios_abort,
 };
 
 /**

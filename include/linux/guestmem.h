@@ -10,6 +10,7 @@
 #define _LINUX_GUESTMEM_H
 
 #include <linux/err.h>
+#include <linux/list.h>
 #include <linux/types.h>
 
 struct address_space;
@@ -24,6 +25,9 @@ struct shared_policy;
  *	     allocated and not been freed
  * @policy: the NUMA policies that userspace has set for parts of the file
  * @order: page size of the file, PAGE_SIZE << @order
+ * @is_mappable: whether userspace can map the memory of a file that has no @is_private
+ * @is_private: tells whether all pages from @start up to, not including, @end are
+ *		private, which is true if there are none; NULL if that cannot change
  * @private: state of the allocator
  *
  * Embedded in the file's inode.  The file sets everything but @private before
@@ -34,7 +38,29 @@ struct guestmem_allocator {
 	struct address_space *mapping;
 	struct shared_policy *policy;
 	unsigned int order;
+	bool is_mappable;
+	bool (*is_private)(struct guestmem_allocator *gm, pgoff_t start, pgoff_t end);
 	void *private;
+};
+
+/**
+ * struct guestmem_change - pages of a file becoming private or shared
+ * @start: index of the first page
+ * @end: index after the last page
+ * @private: whether they become private
+ * @wait: waits a little for references to go; false if that has been done long enough
+ * @error: index of the page that is to blame if that fails
+ * @list: what the allocator is going to change
+ * @merges: whether it is going to put folios together
+ */
+struct guestmem_change {
+	pgoff_t start;
+	pgoff_t end;
+	bool private;
+	bool (*wait)(struct guestmem_change *change);
+	pgoff_t error;
+	struct list_head list;
+	bool merges;
 };
 
 /**
@@ -108,6 +134,51 @@ struct guestmem_allocator_operations {
 	 * the file is going away.
 	 */
 	void (*free)(struct guestmem_allocator *gm, pgoff_t start, pgoff_t end);
+
+	/**
+	 * @max_order: Tell how much memory around a folio can be mapped at once.
+	 *
+	 * A page of the file is contiguous and naturally aligned in memory, so
+	 * that is a matter of memory errors alone.
+	 *
+	 * Context: Any.  The caller has a reference to @folio, or its lock.
+	 * Return: The order of a naturally aligned block that @folio lies in,
+	 * at least that of @folio.
+	 */
+	unsigned int (*max_order)(struct guestmem_allocator *gm,
+				  struct folio *folio);
+
+	/**
+	 * @prepare: Get ready to split and merge folios, as @change demands.
+	 *
+	 * What is private and what is shared decides what folios there are: a
+	 * page of the file is one folio if it is wholly private.  Otherwise each
+	 * part of PMD_ORDER that is wholly private is one, and all else are
+	 * single pages.  What has memory errors is not put together.
+	 *
+	 * Pages that become private are mapped by nobody.  Until @commit or
+	 * @abort nobody finds the folios that are going to change.
+	 *
+	 * Context: The caller holds filemap_invalidate_lock() exclusively until
+	 * @commit or @abort.
+	 * Return: 0, or -ENOMEM, or -EINTR if the task is being killed, or
+	 * -EAGAIN if somebody has a reference to a folio.  After an error all is
+	 * as it was, and there is nothing to abort.
+	 */
+	int (*prepare)(struct guestmem_allocator *gm, struct guestmem_change *change);
+
+	/**
+	 * @commit: Split and merge folios.
+	 *
+	 * Nothing that is going to be split may be mapped into a guest.  Needs
+	 * no memory.
+	 *
+	 * Context: May sleep.
+	 */
+	void (*commit)(struct guestmem_allocator *gm, struct guestmem_change *change);
+
+	/** @abort: Leave folios as they are. */
+	void (*abort)(struct guestmem_allocator *gm, struct guestmem_change *change);
 };
 
 #ifdef CONFIG_GUESTMEM_HUGETLB

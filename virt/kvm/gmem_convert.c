@@ -39,6 +39,8 @@
 #include <linux/sched/signal.h>
 #include <linux/swap.h>
 
+#include <trace/events/kvm.h>
+
 #include "guest_memfd.h"
 
 /* For how long a conversion waits for references to go, and how often: 10 ms in all. */
@@ -55,6 +57,7 @@
  * @end: index after the last page
  * @attributes: KVM_MEMORY_ATTRIBUTE_* that the range shall have
  * @change: the new attributes, ready to be stored
+ * @folios: what folios the allocator has to split and to merge
  * @drained: which of the CPUs' batches of folios have been emptied
  * @nr_waits: how often references have been waited for
  * @busy: folios that had references, by index, in that order
@@ -67,6 +70,7 @@ struct gmem_conversion {
 	pgoff_t end;
 	u64 attributes;
 	struct gmem_attributes_change change;
+	struct guestmem_change folios;
 	enum lru_cache_drained drained;
 	unsigned int nr_waits;
 	pgoff_t busy[GMEM_CONVERT_NR_BUSY];
@@ -184,6 +188,10 @@ static int gmem_convert_check_busy(struct gmem_conversion *c)
  */
 static int gmem_convert_check_folio(struct gmem_conversion *c, struct folio *folio)
 {
+	/* Has never been shared. */
+	if (folio_test_large(folio))
+		return 0;
+
 	if (gmem_convert_is_unused(folio))
 		return 0;
 
@@ -214,6 +222,32 @@ static int gmem_convert_take_from_host(struct gmem_conversion *c)
 	return r ?: gmem_convert_check_busy(c);
 }
 
+static bool gmem_convert_wait_for_folio(struct guestmem_change *change)
+{
+	return gmem_convert_wait(container_of(change, struct gmem_conversion, folios));
+}
+
+/* Get ready to split and merge. */
+static int gmem_convert_prepare_folios(struct gmem_conversion *c)
+{
+	struct guestmem_allocator *gm = &GMEM_I(c->inode)->allocator;
+	int r;
+
+	c->folios = (struct guestmem_change) {
+		.start = c->start,
+		.end = c->end,
+		.private = gmem_convert_to_private(c),
+		.wait = gmem_convert_wait_for_folio,
+		.error = c->start,
+	};
+
+	r = gm->ops->prepare(gm, &c->folios);
+	if (r)
+		c->error = c->folios.error;
+
+	return r;
+}
+
 static int gmem_convert_prepare(struct gmem_conversion *c)
 {
 	int r;
@@ -223,10 +257,13 @@ static int gmem_convert_prepare(struct gmem_conversion *c)
 	r = gmem_attributes_prepare(&GMEM_I(c->inode)->attributes, &c->change,
 				    c->start, c->end, c->attributes,
 				    GFP_KERNEL_ACCOUNT);
-	if (r || !gmem_convert_to_private(c))
+	if (r)
 		return r;
 
-	r = gmem_convert_take_from_host(c);
+	if (gmem_convert_to_private(c))
+		r = gmem_convert_take_from_host(c);
+	if (!r)
+		r = gmem_convert_prepare_folios(c);
 	if (r)
 		gmem_attributes_abort(&c->change);
 
@@ -256,12 +293,15 @@ static void gmem_convert_give_to_host(struct gmem_conversion *c)
  */
 static void gmem_convert_commit(struct gmem_conversion *c)
 {
+	struct guestmem_allocator *gm = &GMEM_I(c->inode)->allocator;
+
 	lockdep_assert_held_write(&c->inode->i_mapping->invalidate_lock);
 
 	kvm_gmem_invalidate_start_filter(c->inode, c->start, c->end,
 					 gmem_convert_to_private(c) ?
 					 KVM_FILTER_SHARED : KVM_FILTER_PRIVATE);
 
+	gm->ops->commit(gm, &c->folios);
 	if (!gmem_convert_to_private(c))
 		gmem_convert_give_to_host(c);
 	gmem_attributes_commit(&c->change);
@@ -282,8 +322,7 @@ static void gmem_convert_commit(struct gmem_conversion *c)
  *
  * Context: May sleep, takes invalidate_lock.
  * Return: 0 if the range has these attributes now, -ENOMEM, -EINTR if the task is
- *	   being killed, -EOPNOTSUPP if the file has huge pages, which cannot be
- *	   split, or -EAGAIN if somebody has a reference to a page that shall
+ *	   being killed, or -EAGAIN if somebody has a reference to a page that shall
  *	   become private.  After an error all attributes are as they were.
  */
 int kvm_gmem_convert(struct inode *inode, pgoff_t start, pgoff_t end,
@@ -298,23 +337,17 @@ int kvm_gmem_convert(struct inode *inode, pgoff_t start, pgoff_t end,
 		.drained = LRU_CACHE_NOT_DRAINED,
 		.error = start,
 	};
-	int r = 0;
+	int r;
 
 	filemap_invalidate_lock(mapping);
-
-	if (GMEM_I(inode)->allocator.order) {
-		if (!gmem_attributes_are(&GMEM_I(inode)->attributes, start, end,
-					 attributes))
-			r = -EOPNOTSUPP;
-		goto out;
-	}
 
 	r = gmem_convert_prepare(&c);
 	if (!r)
 		gmem_convert_commit(&c);
-	else if (r == -EALREADY)
+	trace_kvm_gmem_convert(inode->i_ino, start, end, attributes, c.error, r);
+	if (r == -EALREADY)
 		r = 0;
-out:
+
 	filemap_invalidate_unlock(mapping);
 	*error = c.error;
 	return r;

@@ -57,9 +57,36 @@ static void guestmem_base_free(struct guestmem_allocator *gm, pgoff_t start,
 				   ((loff_t)end << PAGE_SHIFT) - 1);
 }
 
+static unsigned int guestmem_base_max_order(struct guestmem_allocator *gm,
+					    struct folio *folio)
+{
+	return 0;
+}
+
+/* Pages need not be split, and are not merged. */
+static int guestmem_base_prepare(struct guestmem_allocator *gm,
+				 struct guestmem_change *change)
+{
+	return 0;
+}
+
+static void guestmem_base_commit(struct guestmem_allocator *gm,
+				 struct guestmem_change *change)
+{
+}
+
+static void guestmem_base_abort(struct guestmem_allocator *gm,
+				struct guestmem_change *change)
+{
+}
+
 const struct guestmem_allocator_operations guestmem_base_ops = {
 	.reserve	= guestmem_base_reserve,
 	.unreserve	= guestmem_base_unreserve,
 	.allocate	= guestmem_base_allocate,
 	.free		= guestmem_base_free,
+	.max_order	= guestmem_base_max_order,
+	.prepare	= guestmem_base_prepare,
+	.commit		= guestmem_base_commit,
+	.abort		= guestmem_base_abort,
 };

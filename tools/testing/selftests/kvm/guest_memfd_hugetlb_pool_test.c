@@ -50,31 +50,6 @@ FIXTURE_VARIANT(cgroup)
 FIXTURE_VARIANT_ADD(cgroup, 2m) { .page_size = SZ_2M, };
 FIXTURE_VARIANT_ADD(cgroup, 1g) { .page_size = SZ_1G, };
 
-#define CGROUP_MOUNT	"/sys/fs/cgroup"
-
-/* memory_hugetlb_accounting is an option of all mounts together. */
-static void set_hugetlb_accounting(bool on)
-{
-	TEST_ASSERT(!mount(NULL, CGROUP_MOUNT, NULL, MS_REMOUNT,
-			   on ? "memory_hugetlb_accounting" : NULL),
-		    "Can't remount " CGROUP_MOUNT);
-}
-
-static bool get_hugetlb_accounting(void)
-{
-	char line[512];
-	bool on = false;
-	FILE *f;
-
-	f = fopen("/proc/self/mounts", "r");
-	TEST_ASSERT(f, "Can't read /proc/self/mounts");
-	while (fgets(line, sizeof(line), f))
-		if (strstr(line, " cgroup2 "))
-			on |= !!strstr(line, "memory_hugetlb_accounting");
-	fclose(f);
-	return on;
-}
-
 FIXTURE_SETUP(cgroup)
 {
 	const char *reason = gmem_unavailable(variant->page_size);
@@ -85,7 +60,7 @@ FIXTURE_SETUP(cgroup)
 	if (access(CGROUP_MOUNT "/cgroup.controllers", R_OK))
 		SKIP(return, "no cgroup2 at " CGROUP_MOUNT);
 
-	self->accounting = get_hugetlb_accounting();
+	self->accounting = hugetlb_cgroup_get_accounting();
 	if (!hugetlb_cgroup_enter("gmem_test"))
 		SKIP(return, "no hugetlb controller in " CGROUP_MOUNT);
 
@@ -98,8 +73,8 @@ FIXTURE_SETUP(cgroup)
 FIXTURE_TEARDOWN_PARENT(cgroup)
 {
 	rmdir(CGROUP_MOUNT "/gmem_test");
-	if (get_hugetlb_accounting() != self->accounting)
-		set_hugetlb_accounting(self->accounting);
+	if (hugetlb_cgroup_get_accounting() != self->accounting)
+		hugetlb_cgroup_set_accounting(self->accounting);
 }
 
 TEST_F_TIMEOUT(cgroup, reservation_is_charged, SLOW)
@@ -164,20 +139,13 @@ TEST_F_TIMEOUT(cgroup, use_limit_is_kept, SLOW)
 }
 
 /* Removing a cgroup waits for nobody: what is charged moves to the parent. */
-static long wait_for_dying_cgroups(long nr)
-{
-	return cg_read_key_long_poll(CGROUP_MOUNT, "cgroup.stat",
-				     "nr_dying_subsys_hugetlb ", nr, 100,
-				     DEFAULT_WAIT_INTERVAL_US);
-}
-
 TEST_F_TIMEOUT(cgroup, cgroup_can_go_before_its_pages, SLOW)
 {
 	long page = self->page_size;
 	int fd;
 
 	/* Those of other tests may still be on their way. */
-	ASSERT_EQ(0, wait_for_dying_cgroups(0));
+	ASSERT_EQ(0, hugetlb_cgroup_wait_for_dying(0));
 
 	fd = vm_create_guest_memfd(self->vm, 2 * page, gmem_flags(page));
 	kvm_fallocate(fd, ALLOCATE, 0, page);
@@ -189,7 +157,7 @@ TEST_F_TIMEOUT(cgroup, cgroup_can_go_before_its_pages, SLOW)
 	 */
 	hugetlb_cgroup_leave();
 	ASSERT_EQ(0, hugetlb_cgroup_remove());
-	ASSERT_EQ(1, wait_for_dying_cgroups(1));
+	ASSERT_EQ(1, hugetlb_cgroup_wait_for_dying(1));
 
 	hugetlb_get(page, &self->before);
 	kvm_fallocate(fd, PUNCH_HOLE, 0, page);
@@ -197,7 +165,7 @@ TEST_F_TIMEOUT(cgroup, cgroup_can_go_before_its_pages, SLOW)
 	kvm_close(fd);
 	hugetlb_expect(&self->before, 1, -1, "closed after the cgroup was removed");
 
-	EXPECT_EQ(0, wait_for_dying_cgroups(0)) {
+	EXPECT_EQ(0, hugetlb_cgroup_wait_for_dying(0)) {
 		TH_LOG("the removed cgroup is still held");
 	}
 }
@@ -210,7 +178,7 @@ TEST_F_TIMEOUT(cgroup, memory_is_charged_with_memory_hugetlb_accounting, SLOW)
 	long page = self->page_size, charged;
 	int fd;
 
-	set_hugetlb_accounting(true);
+	hugetlb_cgroup_set_accounting(true);
 	hugetlb_get(page, &self->before);
 	ASSERT_EQ(0, self->before.val[HUGETLB_CG_MEMORY]);
 
@@ -239,7 +207,7 @@ TEST_F_TIMEOUT(cgroup, memory_limit_is_kept_with_memory_hugetlb_accounting, SLOW
 	long page = self->page_size, limit;
 	int fd, r;
 
-	set_hugetlb_accounting(true);
+	hugetlb_cgroup_set_accounting(true);
 	fd = vm_create_guest_memfd(self->vm, page, gmem_flags(page));
 	hugetlb_get(page, &self->before);
 
@@ -268,7 +236,7 @@ TEST_F_TIMEOUT(cgroup, memory_is_not_charged_otherwise, SLOW)
 	if (page == SZ_1G)
 		SKIP(return, "would clear 2 GiB, on the way that 4 MiB go as well");
 
-	set_hugetlb_accounting(false);
+	hugetlb_cgroup_set_accounting(false);
 	charged = cg_read_long(hugetlb_cgroup_path(), "memory.current");
 	fd = vm_create_guest_memfd(self->vm, 2 * page, gmem_flags(page));
 	kvm_fallocate(fd, ALLOCATE, 0, 2 * page);
@@ -506,6 +474,38 @@ TEST_F_TIMEOUT(numa, bound_to_each_node, SLOW)
 		EXPECT_EQ(NUMA_PAGES - 2, node_free(nid));
 	}
 	hugetlb_expect(&self->before, -4, NUMA_PAGES - 4, "two pages on each node");
+}
+
+/* Of a huge page that has more than one policy. */
+TEST_F_TIMEOUT(numa, policy_of_the_first_index_decides, SLOW)
+{
+	struct kvm_vm *vm = vm_create_barebones();
+	unsigned long nodes;
+	char *mem;
+	int nid;
+
+	/* The fixture's file has reserved all pages. */
+	kvm_close(self->fd);
+	self->fd = vm_create_guest_memfd(vm, SZ_4M, gmem_flags(SZ_2M) |
+					 GUEST_MEMFD_FLAG_MMAP |
+					 GUEST_MEMFD_FLAG_INIT_SHARED);
+	mem = kvm_mmap(SZ_4M, PROT_READ | PROT_WRITE, MAP_SHARED, self->fd);
+	for (nid = 0; nid < 2; nid++) {
+		nodes = 1 << nid;
+		kvm_mbind(mem + nid * SZ_2M, SZ_4K, MPOL_BIND, &nodes,
+			  BITS_PER_TYPE(nodes), 0);
+		nodes ^= 3;
+		kvm_mbind(mem + nid * SZ_2M + SZ_4K, SZ_2M - SZ_4K, MPOL_BIND, &nodes,
+			  BITS_PER_TYPE(nodes), 0);
+	}
+
+	for (nid = 0; nid < 2; nid++) {
+		WRITE_ONCE(mem[nid * SZ_2M + SZ_1M], 1);
+		EXPECT_EQ(NUMA_PAGES - 1, node_free(nid));
+		EXPECT_EQ(NUMA_PAGES - nid, node_free(!nid));
+	}
+	kvm_munmap(mem, SZ_4M);
+	kvm_vm_free(vm);
 }
 
 /* What each node has: after a page was used, after it was punched, after close. */

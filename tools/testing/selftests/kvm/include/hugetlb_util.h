@@ -16,6 +16,8 @@
 #define HUGETLB_POOL_2M		64
 #define HUGETLB_POOL_1G		2
 
+#define CGROUP_MOUNT		"/sys/fs/cgroup"
+
 #define GMEM_SIZE_SHIFT		26
 #define GMEM_SIZE_MASK		(0x3full << GMEM_SIZE_SHIFT)
 
@@ -54,6 +56,10 @@ struct hugetlb_counters {
 };
 
 extern const char * const hugetlb_counter_names[NR_HUGETLB_COUNTERS];
+
+/* Read the first number that follows @key, or starts the file. */
+bool read_number(const char *path, const char *key, long *val);
+void write_number(const char *path, long val);
 
 bool hugetlb_has_size(size_t size);
 size_t hugetlb_default_size(void);
@@ -155,5 +161,12 @@ int hugetlb_cgroup_remove(void);
 const char *hugetlb_cgroup_path(void);
 void hugetlb_cgroup_write(size_t size, const char *file, const char *val);
 long hugetlb_cgroup_read(size_t size, const char *file);
+
+/* memory_hugetlb_accounting is an option of all mounts together. */
+void hugetlb_cgroup_set_accounting(bool on);
+bool hugetlb_cgroup_get_accounting(void);
+
+/* Until there are @nr removed cgroups that hold something.  Returns how many. */
+long hugetlb_cgroup_wait_for_dying(long nr);
 
 #endif /* SELFTEST_KVM_HUGETLB_UTIL_H */

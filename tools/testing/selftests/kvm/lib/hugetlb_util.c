@@ -7,6 +7,7 @@
 #include <time.h>
 
 #include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/stat.h>
 
 #include <linux/memfd.h>
@@ -38,8 +39,7 @@ const char * const hugetlb_counter_names[NR_HUGETLB_COUNTERS] = {
 
 static char *cgroup_root, *cgroup_path;
 
-/* Read the first number that follows @key, or starts the file. */
-static bool read_number(const char *path, const char *key, long *val)
+bool read_number(const char *path, const char *key, long *val)
 {
 	char line[256];
 	bool found = false;
@@ -58,7 +58,7 @@ static bool read_number(const char *path, const char *key, long *val)
 	return found;
 }
 
-static void write_number(const char *path, long val)
+void write_number(const char *path, long val)
 {
 	FILE *f = fopen(path, "w");
 
@@ -501,6 +501,35 @@ int hugetlb_cgroup_remove(void)
 const char *hugetlb_cgroup_path(void)
 {
 	return cgroup_path;
+}
+
+void hugetlb_cgroup_set_accounting(bool on)
+{
+	TEST_ASSERT(!mount(NULL, CGROUP_MOUNT, NULL, MS_REMOUNT,
+			   on ? "memory_hugetlb_accounting" : NULL),
+		    "Can't remount " CGROUP_MOUNT);
+}
+
+bool hugetlb_cgroup_get_accounting(void)
+{
+	char line[512];
+	bool on = false;
+	FILE *f;
+
+	f = fopen("/proc/self/mounts", "r");
+	TEST_ASSERT(f, "Can't read /proc/self/mounts");
+	while (fgets(line, sizeof(line), f))
+		if (strstr(line, " cgroup2 "))
+			on |= !!strstr(line, "memory_hugetlb_accounting");
+	fclose(f);
+	return on;
+}
+
+long hugetlb_cgroup_wait_for_dying(long nr)
+{
+	return cg_read_key_long_poll(CGROUP_MOUNT, "cgroup.stat",
+				     "nr_dying_subsys_hugetlb ", nr, 100,
+				     DEFAULT_WAIT_INTERVAL_US);
 }
 
 static const char *cgroup_file(size_t size, const char *file)

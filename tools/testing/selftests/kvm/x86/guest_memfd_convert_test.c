@@ -3,7 +3,8 @@
  * Conversion of guest_memfd memory between private and shared, in place.
  *
  * What the guest and the host see of a page is checked after every step: the host
- * must have no access to private memory, and contents must never change.
+ * must have no access to private memory, and contents must never change.  On huge pages
+ * the kernel checks in addition that they are in as many parts as they have to be.
  */
 #include <fcntl.h>
 #include <pthread.h>
@@ -31,8 +32,15 @@
 #include "processor.h"
 #include "test_util.h"
 
+/* What is looked at, and at which offset; of huge pages it is around an end of 2 MiB. */
 #define NR_PAGES	4
-#define FILE_SIZE	(NR_PAGES * SZ_4K)
+#define HUGE_OFFSET	(SZ_2M - SZ_8K)
+
+/* Where there is room for other files. */
+#define OTHER_GPA	(GMEM_GPA + SZ_4G)
+
+/* Clearing 1 GiB takes seconds on an emulated machine. */
+#define SLOW		300
 
 #define PRIVATE		KVM_MEMORY_ATTRIBUTE_PRIVATE
 #define SHARED		0
@@ -46,8 +54,15 @@ struct convert_test {
 	struct kvm_vm *vm;
 	struct kvm_vcpu *vcpu;
 	struct kvm_vcpu *victim;	/* does what ends in an error */
+	size_t page_size;
+	u64 file_size;
+	u64 size;			/* what is mapped, and converted as a whole */
+	u64 first;			/* the offset of the first of NR_PAGES */
+	u64 flags;
 	char *mem;
 	int fd;
+	int check;			/* or -1 */
+	struct hugetlb_counters counters;
 };
 
 FIXTURE(convert)
@@ -57,18 +72,49 @@ FIXTURE(convert)
 
 FIXTURE_VARIANT(convert)
 {
+	size_t page_size;
 	u64 flags;
 	u64 attributes;		/* of a new file */
 };
 
 FIXTURE_VARIANT_ADD(convert, private)
 {
+	.page_size = SZ_4K,
 	.flags = GUEST_MEMFD_FLAG_MMAP,
 	.attributes = PRIVATE,
 };
 
 FIXTURE_VARIANT_ADD(convert, shared)
 {
+	.page_size = SZ_4K,
+	.flags = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED,
+	.attributes = SHARED,
+};
+
+FIXTURE_VARIANT_ADD(convert, private_2m)
+{
+	.page_size = SZ_2M,
+	.flags = GUEST_MEMFD_FLAG_MMAP,
+	.attributes = PRIVATE,
+};
+
+FIXTURE_VARIANT_ADD(convert, shared_2m)
+{
+	.page_size = SZ_2M,
+	.flags = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED,
+	.attributes = SHARED,
+};
+
+FIXTURE_VARIANT_ADD(convert, private_1g)
+{
+	.page_size = SZ_1G,
+	.flags = GUEST_MEMFD_FLAG_MMAP,
+	.attributes = PRIVATE,
+};
+
+FIXTURE_VARIANT_ADD(convert, shared_1g)
+{
+	.page_size = SZ_1G,
 	.flags = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED,
 	.attributes = SHARED,
 };
@@ -95,42 +141,125 @@ static void convert(int fd, u64 offset, u64 size, u64 attributes)
 		    size, offset, attributes, errno, strerror(errno), error);
 }
 
-FIXTURE_SETUP(convert)
+/* Huge pages are in as many parts as they have to be. */
+static void check_folios(struct convert_test *self)
 {
-	struct kvm_vcpu *vcpus[2];
-
-	if (!kvm_check_cap(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES))
-		SKIP(return, "kvm.gmem_in_place_conversion is off");
-
-	self->t.vm = gmem_vm_create(2, vcpus);
-	self->t.vcpu = vcpus[0];
-	self->t.victim = vcpus[1];
-	self->t.fd = vm_create_guest_memfd(self->t.vm, FILE_SIZE, variant->flags);
-	vm_set_user_memory_region2(self->t.vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD,
-				   GMEM_GPA, FILE_SIZE, NULL, self->t.fd, 0);
-	self->t.mem = kvm_mmap(FILE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, self->t.fd);
+	if (self->check >= 0)
+		gmem_check(self->check, self->fd, true);
 }
 
-FIXTURE_TEARDOWN(convert)
+static u64 page_offset(struct convert_test *self, int page)
 {
-	kvm_munmap(self->t.mem, FILE_SIZE);
-	kvm_vm_free(self->t.vm);
-	kvm_close(self->t.fd);
+	return self->first + page * SZ_4K;
 }
 
 static u64 *word(struct convert_test *self, int page)
 {
-	return (u64 *)(self->mem + page * SZ_4K);
+	return (u64 *)(self->mem + page_offset(self, page));
+}
+
+static gpa_t page_gpa(struct convert_test *self, int page)
+{
+	return GMEM_GPA + page_offset(self, page);
+}
+
+static void convert_pages(struct convert_test *self, int page, int nr, u64 attributes)
+{
+	convert(self->fd, page_offset(self, page), nr * SZ_4K, attributes);
+	check_folios(self);
+}
+
+/* More than these pages, if they are parts of huge ones. */
+static void convert_all(struct convert_test *self, u64 attributes)
+{
+	convert(self->fd, 0, self->size, attributes);
+	check_folios(self);
+}
+
+/* It has to fail because of this page, and change nothing. */
+static void expect_busy(struct convert_test *self, u64 offset, u64 size, int page)
+{
+	u64 error;
+
+	TEST_ASSERT_EQ(gmem_convert(self->fd, offset, size, PRIVATE, &error), -1);
+	TEST_ASSERT_EQ(errno, EAGAIN);
+	TEST_ASSERT_EQ(error, page_offset(self, page));
+	check_folios(self);
 }
 
 static void guest_write(struct convert_test *self, int page, u64 value)
 {
-	gmem_guest_do(self->vcpu, GMEM_WRITE, GMEM_GPA + page * SZ_4K, 8, 8, value);
+	gmem_guest_do(self->vcpu, GMEM_WRITE, page_gpa(self, page), 8, 8, value);
 }
 
 static void guest_check(struct convert_test *self, int page, u64 value)
 {
-	gmem_guest_do(self->vcpu, GMEM_CHECK, GMEM_GPA + page * SZ_4K, 8, 8, value);
+	gmem_guest_do(self->vcpu, GMEM_CHECK, page_gpa(self, page), 8, 8, value);
+}
+
+/* The sizes and flags are set, and the VM is there. */
+static void open_file(struct convert_test *self)
+{
+	self->fd = vm_create_guest_memfd(self->vm, self->file_size, self->flags);
+	if (self->flags & GUEST_MEMFD_FLAG_MMAP)
+		self->mem = kvm_mmap(self->size, PROT_READ | PROT_WRITE, MAP_SHARED,
+				     self->fd);
+}
+
+static void add_slot(struct convert_test *self, void *uaddr)
+{
+	vm_set_user_memory_region2(self->vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD, GMEM_GPA,
+				   uaddr ? self->size : self->file_size, uaddr,
+				   self->fd, 0);
+}
+
+static void set_sizes(struct convert_test *self, size_t page_size)
+{
+	self->page_size = page_size;
+	if (page_size == SZ_4K) {
+		self->size = NR_PAGES * SZ_4K;
+		self->first = 0;
+	} else {
+		self->size = 2 * SZ_2M;
+		self->first = HUGE_OFFSET;
+	}
+	self->file_size = max_t(u64, self->size, page_size);
+}
+
+FIXTURE_SETUP(convert)
+{
+	const char *reason = gmem_unavailable(variant->page_size);
+	struct convert_test *t = &self->t;
+	struct kvm_vcpu *vcpus[2];
+
+	if (!kvm_check_cap(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES))
+		SKIP(return, "kvm.gmem_in_place_conversion is off");
+	if (reason)
+		SKIP(return, "%s", reason);
+
+	set_sizes(t, variant->page_size);
+	t->flags = variant->flags | gmem_flags(t->page_size);
+	if (t->page_size != SZ_4K)
+		hugetlb_get(t->page_size, &t->counters);
+	t->vm = gmem_vm_create(2, vcpus);
+	t->vcpu = vcpus[0];
+	t->victim = vcpus[1];
+	t->check = t->page_size == SZ_4K ? -1 : gmem_open_check(t->vm);
+	open_file(t);
+	add_slot(t, NULL);
+}
+
+FIXTURE_TEARDOWN(convert)
+{
+	struct convert_test *t = &self->t;
+
+	if (t->check >= 0)
+		kvm_close(t->check);
+	kvm_munmap(t->mem, t->size);
+	kvm_vm_free(t->vm);
+	kvm_close(t->fd);
+	if (t->page_size != SZ_4K)
+		hugetlb_expect_released(&t->counters, "after close");
 }
 
 /* Each page is as @shared's bit says, and holds what it shall for both sides. */
@@ -148,24 +277,24 @@ static void check_all(struct convert_test *self, unsigned long shared,
 	}
 }
 
-TEST_F(convert, basic_flow)
+TEST_F_TIMEOUT(convert, basic_flow, SLOW)
 {
 	u64 values[NR_PAGES];
 	int i, gen;
 
-	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	convert_all(&self->t, PRIVATE);
 	for (i = 0; i < NR_PAGES; i++)
 		guest_write(&self->t, i, values[i] = VALUE(0) + i);
 	check_all(&self->t, 0, values);
 
 	for (gen = 1; gen < 4; gen++) {
-		convert(self->t.fd, 0, FILE_SIZE, SHARED);
+		convert_all(&self->t, SHARED);
 		check_all(&self->t, -1ul, values);
 		for (i = 0; i < NR_PAGES; i++)
 			*word(&self->t, i) = values[i] = VALUE(gen) + i;
 		check_all(&self->t, -1ul, values);
 
-		convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+		convert_all(&self->t, PRIVATE);
 		check_all(&self->t, 0, values);
 		for (i = 0; i < NR_PAGES; i++)
 			guest_write(&self->t, i, values[i] = VALUE(gen) + 0x100 + i);
@@ -173,7 +302,7 @@ TEST_F(convert, basic_flow)
 }
 
 /* Every set of shared pages, from every other one. */
-TEST_F(convert, any_page_and_its_neighbours)
+TEST_F_TIMEOUT(convert, any_page_and_its_neighbours, SLOW)
 {
 	unsigned long shared, state = variant->attributes == SHARED ? 15 : 0;
 	u64 values[NR_PAGES] = {};
@@ -182,8 +311,7 @@ TEST_F(convert, any_page_and_its_neighbours)
 	for (shared = 0; shared < BIT(NR_PAGES); shared++) {
 		for (i = 0; i < NR_PAGES; i++) {
 			if ((state ^ shared) & BIT(i))
-				convert(self->t.fd, i * SZ_4K, SZ_4K,
-					shared & BIT(i) ? SHARED : PRIVATE);
+				convert_pages(&self->t, i, 1, shared & BIT(i) ? SHARED : PRIVATE);
 			state = (state & ~BIT(i)) | (shared & BIT(i));
 			check_all(&self->t, state, values);
 			guest_write(&self->t, i, values[i] = VALUE(shared) + i);
@@ -192,13 +320,13 @@ TEST_F(convert, any_page_and_its_neighbours)
 	}
 }
 
-TEST_F(convert, memory_that_is_not_allocated)
+TEST_F_TIMEOUT(convert, memory_that_is_not_allocated, SLOW)
 {
 	struct stat st;
 	u64 values[NR_PAGES] = {};
 
-	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
-	convert(self->t.fd, SZ_4K, 2 * SZ_4K, SHARED);
+	convert_all(&self->t, PRIVATE);
+	convert_pages(&self->t, 1, 2, SHARED);
 	ASSERT_EQ(0, fstat(self->t.fd, &st));
 	EXPECT_EQ(0, st.st_blocks);
 
@@ -206,85 +334,118 @@ TEST_F(convert, memory_that_is_not_allocated)
 	*word(&self->t, 1) = values[1] = VALUE(1);
 	guest_write(&self->t, 0, values[0] = VALUE(2));
 	check_all(&self->t, BIT(1) | BIT(2), values);
-	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	convert_all(&self->t, PRIVATE);
 	check_all(&self->t, 0, values);
-	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	convert_all(&self->t, SHARED);
 	check_all(&self->t, -1ul, values);
 }
 
-TEST_F(convert, partly_allocated)
+TEST_F_TIMEOUT(convert, partly_allocated, SLOW)
 {
+	/* One of two huge pages, or pages that have neighbors which are not there. */
+	const int step = self->t.page_size == SZ_4K ? 2 : NR_PAGES;
 	u64 values[NR_PAGES] = {};
 	int i;
 
-	for (i = 0; i < NR_PAGES; i += 2)
+	for (i = 0; i < NR_PAGES; i += step)
 		guest_write(&self->t, i, values[i] = VALUE(i));
-	convert(self->t.fd, 0, FILE_SIZE, !variant->attributes ? PRIVATE : SHARED);
-	convert(self->t.fd, SZ_4K, SZ_4K, SHARED);
-	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	convert_all(&self->t, !variant->attributes ? PRIVATE : SHARED);
+	convert_pages(&self->t, 1, 1, SHARED);
+	convert_all(&self->t, PRIVATE);
 	check_all(&self->t, 0, values);
 }
 
-TEST_F(convert, punch_keeps_attributes)
+/* Holes begin and end where pages of the file do, whatever these are split into. */
+static void expect_no_other_holes(struct convert_test *self)
 {
+	const u64 page = self->page_size, ranges[][2] = {
+		{ self->first, SZ_4K }, { 0, SZ_4K }, { 0, page - SZ_4K },
+		{ SZ_4K, page - SZ_4K }, { SZ_4K, page }, { 0, SZ_2M - SZ_4K },
+		{ self->first, self->file_size - self->first },
+	};
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(ranges); i++) {
+		TEST_ASSERT_EQ(fallocate(self->fd, PUNCH_HOLE, ranges[i][0], ranges[i][1]), -1);
+		TEST_ASSERT_EQ(errno, EINVAL);
+	}
+	check_folios(self);
+}
+
+TEST_F_TIMEOUT(convert, punch_keeps_attributes, SLOW)
+{
+	const u64 hole = max_t(u64, 2 * SZ_4K, self->t.page_size);
 	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) };
 	int i;
 
-	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
-	convert(self->t.fd, SZ_4K, SZ_4K, SHARED);
+	convert_all(&self->t, PRIVATE);
+	convert_pages(&self->t, 1, 1, SHARED);
 	for (i = 0; i < NR_PAGES; i++)
 		guest_write(&self->t, i, values[i]);
-	kvm_fallocate(self->t.fd, PUNCH_HOLE, 0, 2 * SZ_4K);
-	values[0] = 0;
-	values[1] = 0;
+	if (self->t.page_size != SZ_4K)
+		expect_no_other_holes(&self->t);
 	check_all(&self->t, BIT(1), values);
-	kvm_fallocate(self->t.fd, PUNCH_HOLE, 0, FILE_SIZE);
+
+	kvm_fallocate(self->t.fd, PUNCH_HOLE, 0, hole);
+	for (i = 0; i < NR_PAGES && page_offset(&self->t, i) < hole; i++)
+		values[i] = 0;
+	EXPECT_NE(0, i);
+	check_all(&self->t, BIT(1), values);
+	kvm_fallocate(self->t.fd, PUNCH_HOLE, 0, self->t.file_size);
+	EXPECT_EQ(0, gmem_blocks(self->t.fd));
 	memset(values, 0, sizeof(values));
 	check_all(&self->t, BIT(1), values);
+	check_folios(&self->t);
 }
 
-TEST_F(convert, same_again_touches_nothing)
+TEST_F_TIMEOUT(convert, same_again_touches_nothing, SLOW)
 {
 	long maps;
 
-	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	convert_all(&self->t, PRIVATE);
 	guest_write(&self->t, 0, VALUE(1));
 	maps = vcpu_get_stat(self->t.vcpu, pf_taken);
-	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	convert_all(&self->t, PRIVATE);
 	guest_write(&self->t, 0, VALUE(2));
 	EXPECT_EQ(maps, vcpu_get_stat(self->t.vcpu, pf_taken));
 
-	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	convert_all(&self->t, SHARED);
 	*word(&self->t, 0) = 1;
 	EXPECT_NE(0, gmem_host_pfn(word(&self->t, 0)));
-	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	convert_all(&self->t, SHARED);
 	EXPECT_NE(0, gmem_host_pfn(word(&self->t, 0)));
-	convert(self->t.fd, SZ_4K, SZ_4K, PRIVATE);
+	convert_pages(&self->t, 1, 1, PRIVATE);
 	EXPECT_NE(0, gmem_host_pfn(word(&self->t, 0)));
-	convert(self->t.fd, 0, SZ_4K, PRIVATE);
+	convert_pages(&self->t, 0, 1, PRIVATE);
 	EXPECT_EQ(0, gmem_host_pfn(word(&self->t, 0)));
 }
 
 /* Both kinds of memory, allocated or not, and none of it is touched by the guest. */
-TEST_F(convert, pre_fault)
+TEST_F_TIMEOUT(convert, pre_fault, SLOW)
 {
-	struct kvm_pre_fault_memory range = { .gpa = GMEM_GPA, .size = FILE_SIZE };
-	u64 values[NR_PAGES] = {}, mapped;
+	struct kvm_pre_fault_memory range = {
+		.gpa = page_gpa(&self->t, 0), .size = NR_PAGES * SZ_4K,
+	};
+	const bool huge = self->t.page_size != SZ_4K;
+	u64 values[NR_PAGES] = {}, mapped_4k, mapped_2m;
 	struct stat st;
 	long faults;
 	int r;
 
-	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	convert_all(&self->t, SHARED);
 	*word(&self->t, 1) = values[1] = VALUE(1);
-	convert(self->t.fd, SZ_8K, SZ_8K, PRIVATE);
-	mapped = vm_get_stat(self->t.vm, pages_4k);
+	convert_pages(&self->t, 2, 2, PRIVATE);
+	mapped_4k = vm_get_stat(self->t.vm, pages_4k);
+	mapped_2m = vm_get_stat(self->t.vm, pages_2m);
 	do {
 		r = __vcpu_ioctl(self->t.vcpu, KVM_PRE_FAULT_MEMORY, &range);
 	} while ((!r && range.size) || (r && errno == EINTR));
 	ASSERT_EQ(0, r);
-	EXPECT_EQ(mapped + NR_PAGES, vm_get_stat(self->t.vm, pages_4k));
+	/* Of huge pages the first two pages are at the end of 2 MiB that are shared. */
+	EXPECT_EQ(mapped_4k + NR_PAGES - 2 * huge, vm_get_stat(self->t.vm, pages_4k));
+	EXPECT_EQ(mapped_2m + huge, vm_get_stat(self->t.vm, pages_2m));
 	ASSERT_EQ(0, fstat(self->t.fd, &st));
-	EXPECT_EQ(FILE_SIZE / 512, st.st_blocks);
+	EXPECT_EQ(self->t.file_size / 512, st.st_blocks);
 
 	faults = vcpu_get_stat(self->t.vcpu, pf_taken);
 	check_all(&self->t, BIT(0) | BIT(1), values);
@@ -292,119 +453,119 @@ TEST_F(convert, pre_fault)
 }
 
 /* The size of a file is for ever, whatever is private. */
-TEST_F(convert, truncation)
+TEST_F_TIMEOUT(convert, truncation, SLOW)
 {
 	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) };
 	int i;
 
 	for (i = 0; i < NR_PAGES; i++)
 		guest_write(&self->t, i, values[i]);
-	convert(self->t.fd, 0, SZ_8K, PRIVATE);
-	convert(self->t.fd, SZ_8K, SZ_8K, SHARED);
+	convert_pages(&self->t, 0, 2, PRIVATE);
+	convert_pages(&self->t, 2, 2, SHARED);
 	for (i = 0; i <= 2 * NR_PAGES; i++) {
 		if (i == NR_PAGES)
 			continue;
-		EXPECT_EQ(-1, ftruncate(self->t.fd, i * SZ_4K));
+		EXPECT_EQ(-1, ftruncate(self->t.fd, i * (self->t.file_size / NR_PAGES)));
 		EXPECT_EQ(EINVAL, errno);
 	}
+	EXPECT_EQ(-1, ftruncate(self->t.fd, self->t.file_size - SZ_4K));
+	EXPECT_EQ(EINVAL, errno);
 	check_all(&self->t, BIT(2) | BIT(3), values);
 }
 
 /* Two files and three slots: what is converted is the memory, and no other. */
-TEST_F(convert, several_files_and_slots)
+TEST_F_TIMEOUT(convert, several_files_and_slots, SLOW)
 {
-	const gpa_t gpa = GMEM_GPA + SZ_1M;
 	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) };
 	struct convert_test other = self->t;
+	const u64 half = other.size / 2;
+	gpa_t gpas[NR_PAGES];
 	int i;
 
 	/* The halves of the second file change places. */
-	other.fd = vm_create_guest_memfd(self->t.vm, FILE_SIZE, variant->flags);
-	other.mem = kvm_mmap(FILE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, other.fd);
+	open_file(&other);
 	for (i = 0; i < 2; i++)
 		vm_set_user_memory_region2(self->t.vm, GMEM_SLOT + 1 + i,
-					   KVM_MEM_GUEST_MEMFD, gpa + i * SZ_8K,
-					   SZ_8K, NULL, other.fd, SZ_8K - i * SZ_8K);
+					   KVM_MEM_GUEST_MEMFD, OTHER_GPA + i * half,
+					   half, NULL, other.fd, half - i * half);
 	for (i = 0; i < NR_PAGES; i++) {
+		gpas[i] = OTHER_GPA + (page_offset(&other, i) ^ half);
 		guest_write(&self->t, i, values[i]);
-		gmem_guest_do(self->t.vcpu, GMEM_WRITE, gpa + (i ^ 2) * SZ_4K, 8, 8,
-			      ~values[i]);
+		gmem_guest_do(self->t.vcpu, GMEM_WRITE, gpas[i], 8, 8, ~values[i]);
 	}
 
-	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
-	convert(other.fd, 0, FILE_SIZE, SHARED);
-	convert(other.fd, SZ_4K, SZ_8K, PRIVATE);
+	convert_all(&self->t, PRIVATE);
+	convert_all(&other, SHARED);
+	convert_pages(&other, 1, 2, PRIVATE);
 	check_all(&self->t, 0, values);
 	for (i = 0; i < NR_PAGES; i++) {
 		if (i == 0 || i == 3)
 			TEST_ASSERT_EQ(READ_ONCE(*word(&other, i)), ~values[i]);
 		else
 			TEST_EXPECT_SIGBUS(READ_ONCE(*word(&other, i)));
-		gmem_guest_do(self->t.vcpu, GMEM_CHECK, gpa + (i ^ 2) * SZ_4K, 8, 8,
-			      ~values[i]);
+		gmem_guest_do(self->t.vcpu, GMEM_CHECK, gpas[i], 8, 8, ~values[i]);
 	}
 
-	kvm_munmap(other.mem, FILE_SIZE);
+	kvm_munmap(other.mem, other.size);
 	kvm_close(other.fd);
 }
 
 /* Another VM with the same gfns. */
-TEST_F(convert, another_vm)
+TEST_F_TIMEOUT(convert, another_vm, SLOW)
 {
 	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) };
 	u64 others[NR_PAGES] = { VALUE(4), VALUE(5), VALUE(6), VALUE(7) };
-	struct convert_test other;
+	struct convert_test other = self->t;
 	int i;
 
 	other.vm = gmem_vm_create(1, &other.vcpu);
-	other.fd = vm_create_guest_memfd(other.vm, FILE_SIZE, variant->flags);
-	vm_set_user_memory_region2(other.vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD,
-				   GMEM_GPA, FILE_SIZE, NULL, other.fd, 0);
-	other.mem = kvm_mmap(FILE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, other.fd);
+	open_file(&other);
+	add_slot(&other, NULL);
 	for (i = 0; i < NR_PAGES; i++) {
 		guest_write(&self->t, i, values[i]);
 		guest_write(&other, i, others[i]);
 	}
-	convert(self->t.fd, 0, FILE_SIZE, SHARED);
-	convert(other.fd, 0, FILE_SIZE, PRIVATE);
+	convert_all(&self->t, SHARED);
+	convert_all(&other, PRIVATE);
 	check_all(&self->t, -1ul, values);
 	check_all(&other, 0, others);
-	convert(self->t.fd, SZ_4K, SZ_4K, PRIVATE);
-	convert(other.fd, SZ_8K, SZ_4K, SHARED);
+	convert_pages(&self->t, 1, 1, PRIVATE);
+	convert_pages(&other, 2, 1, SHARED);
 	check_all(&self->t, ~BIT(1), values);
 	check_all(&other, BIT(2), others);
 
-	kvm_munmap(other.mem, FILE_SIZE);
+	kvm_munmap(other.mem, other.size);
 	kvm_vm_free(other.vm);
 	kvm_close(other.fd);
 }
 
 /* Shared memory that the host cannot map is the guest's all the same. */
-TEST_F(convert, file_without_mmap)
+TEST_F_TIMEOUT(convert, file_without_mmap, SLOW)
 {
-	const gpa_t gpa = GMEM_GPA + SZ_1M;
+	struct convert_test other = self->t;
+	const u64 size = other.size, stride = size / SZ_2K;
 	struct kvm_vcpu *vcpu = self->t.vcpu;
-	int i, fd;
+	int i;
 
-	fd = vm_create_guest_memfd(self->t.vm, FILE_SIZE,
-				   variant->flags & ~GUEST_MEMFD_FLAG_MMAP);
+	other.flags &= ~GUEST_MEMFD_FLAG_MMAP;
+	open_file(&other);
 	vm_set_user_memory_region2(self->t.vm, GMEM_SLOT + 1, KVM_MEM_GUEST_MEMFD,
-				   gpa, FILE_SIZE, NULL, fd, 0);
-	EXPECT_EQ(MAP_FAILED, mmap(NULL, FILE_SIZE, PROT_READ, MAP_SHARED, fd, 0));
-	gmem_guest_do(vcpu, GMEM_WRITE, gpa, FILE_SIZE, 8, VALUE(1));
+				   OTHER_GPA, other.file_size, NULL, other.fd, 0);
+	EXPECT_EQ(MAP_FAILED, mmap(NULL, size, PROT_READ, MAP_SHARED, other.fd, 0));
+	gmem_guest_do(vcpu, GMEM_WRITE, OTHER_GPA, size, stride, VALUE(1));
 	for (i = 0; i < 4; i++) {
-		convert(fd, SZ_4K, SZ_8K, i & 1 ? PRIVATE : SHARED);
-		gmem_guest_do(vcpu, GMEM_CHECK, gpa, FILE_SIZE, 8, VALUE(1));
-		convert(fd, 0, FILE_SIZE, i & 2 ? PRIVATE : SHARED);
-		gmem_guest_do(vcpu, GMEM_CHECK, gpa, FILE_SIZE, 8, VALUE(1));
+		convert_pages(&other, 1, 2, i & 1 ? PRIVATE : SHARED);
+		gmem_guest_do(vcpu, GMEM_CHECK, OTHER_GPA, size, stride, VALUE(1));
+		convert_all(&other, i & 2 ? PRIVATE : SHARED);
+		gmem_guest_do(vcpu, GMEM_CHECK, OTHER_GPA, size, stride, VALUE(1));
 	}
-	kvm_close(fd);
+	kvm_close(other.fd);
 }
 
 /* There is nothing, and KVM remembers that; then there is private memory. */
-TEST_F(convert, private_memory_where_there_was_none)
+TEST_F_TIMEOUT(convert, private_memory_where_there_was_none, SLOW)
 {
-	const gpa_t gpa = GMEM_GPA + SZ_2M;
+	const gpa_t gpa = OTHER_GPA;
 	struct kvm_run *run = self->t.vcpu->run;
 	int i, fd;
 
@@ -417,24 +578,27 @@ TEST_F(convert, private_memory_where_there_was_none)
 		EXPECT_EQ(0, gmem_guest_run(self->t.vcpu));
 	}
 
-	fd = vm_create_guest_memfd(self->t.vm, SZ_4K, variant->flags);
+	fd = vm_create_guest_memfd(self->t.vm, self->t.page_size, self->t.flags);
 	vm_set_user_memory_region2(self->t.vm, GMEM_SLOT + 1, KVM_MEM_GUEST_MEMFD, gpa,
-				   SZ_4K, NULL, fd, 0);
+				   self->t.page_size, NULL, fd, 0);
 	gmem_guest_do(self->t.vcpu, GMEM_WRITE, gpa, 8, 8, VALUE(1));
 	gmem_guest_do(self->t.vcpu, GMEM_CHECK, gpa, 8, 8, VALUE(1));
 	kvm_close(fd);
 }
 
 /* There is no limit to how many ranges there are, but that they are charged. */
-TEST_F(convert, attributes_are_charged)
+TEST_F_TIMEOUT(convert, attributes_are_charged, SLOW)
 {
+	const size_t page_size = self->t.page_size;
+	const u64 size = page_size == SZ_2M ? hugetlb_available(SZ_2M) * SZ_2M : SZ_1G;
+	const long nr = min_t(long, 20000, size / SZ_8K - 1);
 	/* If all leaves of the tree were full, a range would take 16 bytes of them. */
-	const long nr = 20000, want = 2 * nr * 16;
+	const long want = 2 * nr * 16;
 	long before, after;
 	int fd, i;
 
 	ASSERT_TRUE(hugetlb_cgroup_enter("gmem_attributes"));
-	fd = vm_create_guest_memfd(self->t.vm, SZ_1G, variant->flags);
+	fd = vm_create_guest_memfd(self->t.vm, size, self->t.flags);
 	before = cg_read_long(hugetlb_cgroup_path(), "memory.current");
 	for (i = 0; i < nr; i++)
 		convert(fd, (2 * i + 1) * SZ_4K, SZ_4K, PRIVATE ^ variant->attributes);
@@ -443,31 +607,6 @@ TEST_F(convert, attributes_are_charged)
 	kvm_close(fd);
 	hugetlb_cgroup_leave();
 	EXPECT_EQ(0, hugetlb_cgroup_remove());
-}
-
-/* Huge pages would have to be split, which cannot be done yet. */
-TEST_F(convert, huge_pages_cannot_be_converted)
-{
-	const char *reason = gmem_unavailable(SZ_2M);
-	u64 error;
-	int fd;
-
-	if (reason)
-		SKIP(return, "%s", reason);
-
-	fd = vm_create_guest_memfd(self->t.vm, SZ_2M, gmem_flags(SZ_2M));
-	vm_set_user_memory_region2(self->t.vm, GMEM_SLOT + 1, KVM_MEM_GUEST_MEMFD,
-				   GMEM_GPA + SZ_2M, SZ_2M, NULL, fd, 0);
-	EXPECT_EQ(-1, gmem_convert(fd, 0, SZ_4K, SHARED, &error));
-	EXPECT_EQ(EOPNOTSUPP, errno);
-	EXPECT_EQ(-1, gmem_convert(fd, 0, SZ_2M, SHARED, &error));
-	EXPECT_EQ(EOPNOTSUPP, errno);
-	convert(fd, 0, SZ_2M, PRIVATE);
-	gmem_guest_do(self->t.vcpu, GMEM_WRITE, GMEM_GPA + SZ_2M, SZ_2M,
-		      GMEM_EVERY_4K, VALUE(1));
-	gmem_guest_do(self->t.vcpu, GMEM_CHECK, GMEM_GPA + SZ_2M, SZ_2M,
-		      GMEM_EVERY_4K, VALUE(1));
-	kvm_close(fd);
 }
 
 /*
@@ -480,7 +619,7 @@ static int victim_reads_until_error(struct convert_test *self, int page)
 	int i, r;
 
 	for (i = 0; i < 1000; i++) {
-		r = __gmem_guest_do(self->victim, GMEM_READ, GMEM_GPA + page * SZ_4K,
+		r = __gmem_guest_do(self->victim, GMEM_READ, page_gpa(self, page),
 				    8, 8, 0);
 		if (r)
 			return r;
@@ -489,17 +628,26 @@ static int victim_reads_until_error(struct convert_test *self, int page)
 	return 0;
 }
 
-TEST_F(convert, memory_error)
+static void stop_checking_folios(struct convert_test *self)
 {
+	if (self->check >= 0)
+		kvm_close(self->check);
+	self->check = -1;
+}
+
+TEST_F_TIMEOUT(convert, memory_error, SLOW)
+{
+	const bool huge = self->t.page_size != SZ_4K;
+	const u64 hole = huge ? 0 : SZ_4K, size = self->t.page_size;
 	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) }, pfn;
 	struct stat st;
-	long faults;
+	long faults, lost;
 	int i, j;
 
 	if (!gmem_can_poison())
 		SKIP(return, "needs CONFIG_HWPOISON_INJECT and debugfs");
 
-	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	convert_all(&self->t, SHARED);
 	for (i = 0; i < NR_PAGES; i++) {
 		*word(&self->t, i) = values[i];
 		guest_check(&self->t, i, values[i]);
@@ -507,16 +655,20 @@ TEST_F(convert, memory_error)
 	pfn = gmem_host_pfn(word(&self->t, 1));
 	ASSERT_NE(0, pfn);
 	/* memory_failure() takes it for a failure that the page stays in the file. */
-	ASSERT_EQ(EBUSY, gmem_poison(pfn));
+	ASSERT_EQ(huge ? 0 : EBUSY, gmem_poison(pfn));
+	/* What has an error is not put together. */
+	stop_checking_folios(&self->t);
 
 	EXPECT_EQ(-EHWPOISON, victim_reads_until_error(&self->t, 1));
-	/* Its neighbours stay mapped. */
+	/* Its neighbours stay mapped, or are again, but for 2 MiB that have it in them. */
 	faults = vcpu_get_stat(self->t.vcpu, pf_taken);
 	for (i = 0; i < NR_PAGES; i++) {
 		if (i != 1)
 			guest_check(&self->t, i, values[i]);
 	}
-	EXPECT_EQ(faults, vcpu_get_stat(self->t.vcpu, pf_taken));
+	/* All of 1 GiB has been one mapping if it was shared as a whole. */
+	lost = huge + (variant->page_size == SZ_1G && !variant->attributes);
+	EXPECT_EQ(faults + lost, vcpu_get_stat(self->t.vcpu, pf_taken));
 
 	/* It can be converted like any other, and does not get lost for another. */
 	for (j = 0; j < 4; j++) {
@@ -532,31 +684,40 @@ TEST_F(convert, memory_error)
 				TEST_ASSERT_EQ(READ_ONCE(*word(&self->t, i)), values[i]);
 			guest_check(&self->t, i, values[i]);
 		}
+		/* Nor does a mapping of its neighbors lead to it. */
+		EXPECT_EQ(-EHWPOISON, gmem_guest_run(self->t.victim)) {
+			TH_LOG("guest reads it while it is %s", j & 1 ? "private" : "shared");
+		}
 		ASSERT_EQ(0, fstat(self->t.fd, &st));
-		EXPECT_EQ(FILE_SIZE / 512, st.st_blocks);
-		convert(self->t.fd, 0, FILE_SIZE, j & 1 ? SHARED : PRIVATE);
+		EXPECT_EQ(self->t.file_size / 512, st.st_blocks);
+		convert_all(&self->t, j & 1 ? SHARED : PRIVATE);
 	}
 
 	/* A hole takes the page out of the file, and there is another one then. */
-	kvm_fallocate(self->t.fd, PUNCH_HOLE, SZ_4K, SZ_4K);
+	kvm_fallocate(self->t.fd, PUNCH_HOLE, hole, size);
 	EXPECT_EQ(0, gmem_guest_run(self->t.victim));
-	/* Page tables of the host remember the error until they are emptied. */
-	TEST_EXPECT_SIGBUS(READ_ONCE(*word(&self->t, 1)));
+	/* Of a base page, the host's page tables remember the error until they are emptied. */
+	if (!huge)
+		TEST_EXPECT_SIGBUS(READ_ONCE(*word(&self->t, 1)));
 	ASSERT_EQ(0, madvise(word(&self->t, 1), SZ_4K, MADV_DONTNEED));
-	values[1] = 0;
+	for (i = 0; i < NR_PAGES; i++) {
+		if (page_offset(&self->t, i) - hole < size)
+			values[i] = 0;
+	}
 	check_all(&self->t, -1ul, values);
 	EXPECT_NE(pfn, gmem_host_pfn(word(&self->t, 1)));
-	ASSERT_EQ(0, gmem_unpoison(pfn));
+	/* Of the whole page, as it is now. */
+	ASSERT_EQ(0, gmem_unpoison(pfn & ~(size / SZ_4K - 1)));
 }
 
 /* What a child has mapped goes as well, and it can be had again. */
-TEST_F(convert, fork)
+TEST_F_TIMEOUT(convert, fork, SLOW)
 {
 	int to_child[2], to_parent[2], status;
 	pid_t pid;
 	char c;
 
-	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	convert_all(&self->t, SHARED);
 	*word(&self->t, 0) = VALUE(1);
 	TEST_ASSERT(!pipe(to_child) && !pipe(to_parent), "pipe() failed");
 	pid = fork();
@@ -572,28 +733,21 @@ TEST_F(convert, fork)
 		_exit(0);
 	}
 	ASSERT_EQ(1, read(to_parent[0], &c, 1));
-	convert(self->t.fd, 0, SZ_4K, PRIVATE);
+	convert_pages(&self->t, 0, 1, PRIVATE);
 	write(to_child[1], "p", 1);
 	ASSERT_EQ(1, read(to_parent[0], &c, 1));
-	convert(self->t.fd, 0, SZ_4K, SHARED);
+	convert_pages(&self->t, 0, 1, SHARED);
 	write(to_child[1], "s", 1);
 	ASSERT_EQ(pid, waitpid(pid, &status, 0));
 	EXPECT_EQ(0, status);
 }
 
-static void pin(int pipe_fd, void *p)
+TEST_F_TIMEOUT(convert, pinned_page_cannot_become_private, SLOW)
 {
-	struct iovec iov = { .iov_base = p, .iov_len = 1 };
-
-	TEST_ASSERT(vmsplice(pipe_fd, &iov, 1, 0) == 1, "vmsplice() failed");
-}
-
-TEST_F(convert, pinned_page_cannot_become_private)
-{
-	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) }, error;
+	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) };
 	int i, j, fds[2];
 
-	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	convert_all(&self->t, SHARED);
 	for (i = 0; i < NR_PAGES; i++)
 		*word(&self->t, i) = values[i];
 
@@ -601,27 +755,23 @@ TEST_F(convert, pinned_page_cannot_become_private)
 		TEST_ASSERT(!pipe(fds), "pipe() failed");
 		/* All pages from this one. */
 		for (j = i; j < NR_PAGES; j++)
-			pin(fds[1], word(&self->t, j));
+			gmem_pin(fds[1], word(&self->t, j));
 
-		EXPECT_EQ(-1, gmem_convert(self->t.fd, 0, FILE_SIZE, PRIVATE, &error));
-		EXPECT_EQ(EAGAIN, errno);
-		EXPECT_EQ(i * SZ_4K, error);
+		expect_busy(&self->t, 0, self->t.size, i);
 		check_all(&self->t, -1ul, values);
-		EXPECT_EQ(-1, gmem_convert(self->t.fd, 3 * SZ_4K, SZ_4K, PRIVATE, &error));
-		EXPECT_EQ(EAGAIN, errno);
-		EXPECT_EQ(3 * SZ_4K, error);
+		expect_busy(&self->t, page_offset(&self->t, 3), SZ_4K, 3);
 
 		/* Nothing is in the way of the others. */
 		if (i) {
-			convert(self->t.fd, 0, i * SZ_4K, PRIVATE);
+			convert_pages(&self->t, 0, i, PRIVATE);
 			check_all(&self->t, 15 & ~(BIT(i) - 1), values);
-			convert(self->t.fd, 0, i * SZ_4K, SHARED);
+			convert_pages(&self->t, 0, i, SHARED);
 		}
 		kvm_close(fds[0]);
 		kvm_close(fds[1]);
-		convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+		convert_all(&self->t, PRIVATE);
 		check_all(&self->t, 0, values);
-		convert(self->t.fd, 0, FILE_SIZE, SHARED);
+		convert_all(&self->t, SHARED);
 	}
 }
 
@@ -641,21 +791,21 @@ static void pin_longterm(int gup_test, void *p, u64 size, u32 flags)
 		    errno, strerror(errno));
 }
 
-TEST_F(convert, long_term_pins)
+TEST_F_TIMEOUT(convert, long_term_pins, SLOW)
 {
 	const u32 flags[] = {
 		0, PIN_LONGTERM_TEST_FLAG_USE_FAST, PIN_LONGTERM_TEST_FLAG_USE_WRITE,
 		PIN_LONGTERM_TEST_FLAG_USE_FAST | PIN_LONGTERM_TEST_FLAG_USE_WRITE,
 	};
-	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) }, error;
-	u64 buf[FILE_SIZE / sizeof(u64)], *p = buf;
+	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) };
+	u64 buf[NR_PAGES * SZ_4K / sizeof(u64)], *p = buf;
 	int gup_test, i, first, nr;
 
 	gup_test = open(GUP_TEST, O_RDWR);
 	if (gup_test < 0)
 		SKIP(return, "no " GUP_TEST);
 
-	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	convert_all(&self->t, SHARED);
 	for (i = 0; i < NR_PAGES; i++)
 		*word(&self->t, i) = values[i];
 
@@ -664,25 +814,21 @@ TEST_F(convert, long_term_pins)
 			for (nr = 1; first + nr <= NR_PAGES; nr++) {
 				pin_longterm(gup_test, word(&self->t, first),
 					     nr * SZ_4K, flags[i]);
-				EXPECT_EQ(-1, gmem_convert(self->t.fd, 0, FILE_SIZE,
-							   PRIVATE, &error));
-				EXPECT_EQ(EAGAIN, errno);
-				EXPECT_EQ(first * SZ_4K, error);
+				expect_busy(&self->t, 0, self->t.size, first);
 				check_all(&self->t, -1ul, values);
 				ASSERT_EQ(0, ioctl(gup_test, PIN_LONGTERM_TEST_READ, &p));
 				EXPECT_EQ(values[first], *p);
 
 				/* Nothing is in the way of what comes after them. */
 				if (first + nr < NR_PAGES)
-					convert(self->t.fd, (first + nr) * SZ_4K,
-						FILE_SIZE - (first + nr) * SZ_4K,
-						PRIVATE);
+					convert_pages(&self->t, first + nr,
+						      NR_PAGES - first - nr, PRIVATE);
 				check_all(&self->t, BIT(first + nr) - 1, values);
 
 				ASSERT_EQ(0, ioctl(gup_test, PIN_LONGTERM_TEST_STOP));
-				convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+				convert_all(&self->t, PRIVATE);
 				check_all(&self->t, 0, values);
-				convert(self->t.fd, 0, FILE_SIZE, SHARED);
+				convert_all(&self->t, SHARED);
 			}
 		}
 	}
@@ -690,10 +836,10 @@ TEST_F(convert, long_term_pins)
 }
 
 /* Buffers that io_uring keeps. */
-TEST_F(convert, io_uring_buffers)
+TEST_F_TIMEOUT(convert, io_uring_buffers, SLOW)
 {
 	struct iovec iov = { .iov_base = word(&self->t, 1), .iov_len = 2 * SZ_4K };
-	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) }, error;
+	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) };
 	struct io_uring_params params = {};
 	int ring, i, r;
 
@@ -701,23 +847,21 @@ TEST_F(convert, io_uring_buffers)
 	if (ring < 0)
 		SKIP(return, "no io_uring");
 
-	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	convert_all(&self->t, SHARED);
 	for (i = 0; i < NR_PAGES; i++)
 		*word(&self->t, i) = values[i];
 
 	ASSERT_EQ(0, syscall(__NR_io_uring_register, ring, IORING_REGISTER_BUFFERS,
 			     &iov, 1));
-	EXPECT_EQ(-1, gmem_convert(self->t.fd, 0, FILE_SIZE, PRIVATE, &error));
-	EXPECT_EQ(EAGAIN, errno);
-	EXPECT_EQ(SZ_4K, error);
-	convert(self->t.fd, 3 * SZ_4K, SZ_4K, PRIVATE);
+	expect_busy(&self->t, 0, self->t.size, 1);
+	convert_pages(&self->t, 3, 1, PRIVATE);
 	check_all(&self->t, GENMASK(2, 0), values);
 
 	/* The pages are let go soon after. */
 	ASSERT_EQ(0, syscall(__NR_io_uring_register, ring, IORING_UNREGISTER_BUFFERS,
 			     NULL, 0));
 	do {
-		r = gmem_convert(self->t.fd, 0, FILE_SIZE, PRIVATE, &error);
+		r = gmem_convert(self->t.fd, 0, self->t.size, PRIVATE, NULL);
 	} while (r && errno == EAGAIN);
 	EXPECT_EQ(0, r);
 	check_all(&self->t, 0, values);
@@ -755,7 +899,7 @@ static void write_file(const char *path, const char *text)
 
 #define CORE_PATTERN	"/proc/sys/kernel/core_pattern"
 
-TEST_F(convert, core_dump_holds_only_what_is_shared)
+TEST_F_TIMEOUT(convert, core_dump_holds_only_what_is_shared, SLOW)
 {
 	const struct rlimit unlimited = { RLIM_INFINITY, RLIM_INFINITY };
 	char old[128] = {}, core[32];
@@ -769,14 +913,14 @@ TEST_F(convert, core_dump_holds_only_what_is_shared)
 	ASSERT_LT(0, read(fd, old, sizeof(old) - 1));
 	kvm_close(fd);
 
-	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	convert_all(&self->t, SHARED);
 	for (i = 0; i < NR_PAGES; i++) {
-		gmem_guest_do(self->t.vcpu, GMEM_WRITE, GMEM_GPA + i * SZ_4K, SZ_4K, 8,
+		gmem_guest_do(self->t.vcpu, GMEM_WRITE, page_gpa(&self->t, i), SZ_4K, 8,
 			      VALUE(i));
 		/* What is in a page table is dumped. */
 		READ_ONCE(*word(&self->t, i));
 	}
-	convert(self->t.fd, 0, 2 * SZ_4K, PRIVATE);
+	convert_pages(&self->t, 0, 2, PRIVATE);
 
 	write_file(CORE_PATTERN, "gmem_core.%p");
 	pid = fork();
@@ -836,7 +980,7 @@ static int convert_while_released(int fd, char *mem, int nr, int usecs, int *rel
 
 	for (i = 0; i < nr; i++) {
 		TEST_ASSERT(!pipe(release.fds[i]), "pipe() failed");
-		pin(release.fds[i][1], mem + i * SZ_4K);
+		gmem_pin(release.fds[i][1], mem + i * SZ_4K);
 	}
 	kvm_pthread_create(&thread, NULL, release_one_by_one, &release);
 	WRITE_ONCE(release.start, true);
@@ -855,14 +999,14 @@ static int convert_while_released(int fd, char *mem, int nr, int usecs, int *rel
  * Time is what is tested here: 10 ms for all pages together.  On a machine that is
  * busy elsewhere both sides may take longer, and have some more tries.
  */
-TEST_F(convert, wait_for_pins)
+TEST_F_TIMEOUT(convert, wait_for_pins, SLOW)
 {
 	const u64 size = MAX_RELEASED * SZ_4K;
 	int fd, i, r, released, waited = 0, refused = 0;
 	char *mem;
 
-	fd = vm_create_guest_memfd(self->t.vm, size, GUEST_MEMFD_FLAG_MMAP |
-				   GUEST_MEMFD_FLAG_INIT_SHARED);
+	fd = vm_create_guest_memfd(self->t.vm, max_t(u64, size, self->t.page_size),
+				   self->t.flags | GUEST_MEMFD_FLAG_INIT_SHARED);
 	mem = kvm_mmap(size, PROT_READ | PROT_WRITE, MAP_SHARED, fd);
 
 	for (i = 0; i < 20 && !waited; i++)
@@ -909,13 +1053,14 @@ static void expect_doors(struct convert_test *self, int page, bool shared)
 		       shared ? 0 : -1);
 }
 
-TEST_F(convert, doors_are_shut_for_private_memory)
+TEST_F_TIMEOUT(convert, doors_are_shut_for_private_memory, SLOW)
 {
+	const u64 size = self->t.size;
 	char *again, *to;
 	int i;
 
 	/* Never shared, never allocated; then in use; then just private. */
-	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	convert_all(&self->t, PRIVATE);
 	for (i = 0; i < NR_PAGES; i++)
 		expect_doors(&self->t, i, false);
 	for (i = 0; i < NR_PAGES; i++)
@@ -923,26 +1068,25 @@ TEST_F(convert, doors_are_shut_for_private_memory)
 	for (i = 0; i < NR_PAGES; i++)
 		expect_doors(&self->t, i, false);
 
-	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	convert_all(&self->t, SHARED);
 	for (i = 0; i < NR_PAGES; i++)
 		expect_doors(&self->t, i, true);
-	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	convert_all(&self->t, PRIVATE);
 	for (i = 0; i < NR_PAGES; i++)
 		expect_doors(&self->t, i, false);
 
 	/* Another mapping, and one that has moved with the page in it. */
-	again = kvm_mmap(FILE_SIZE, PROT_READ, MAP_SHARED, self->t.fd);
+	again = kvm_mmap(size, PROT_READ, MAP_SHARED, self->t.fd);
 	TEST_EXPECT_SIGBUS(READ_ONCE(*again));
-	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	convert_all(&self->t, SHARED);
 	READ_ONCE(*again);
-	to = kvm_mmap(FILE_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
-	ASSERT_EQ(to, mremap(again, FILE_SIZE, FILE_SIZE,
-			     MREMAP_MAYMOVE | MREMAP_FIXED, to));
+	to = kvm_mmap(size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	ASSERT_EQ(to, mremap(again, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, to));
 	EXPECT_NE(0, gmem_host_pfn(to));
-	convert(self->t.fd, 0, FILE_SIZE, PRIVATE);
+	convert_all(&self->t, PRIVATE);
 	EXPECT_EQ(0, gmem_host_pfn(to));
 	TEST_EXPECT_SIGBUS(READ_ONCE(*to));
-	kvm_munmap(to, FILE_SIZE);
+	kvm_munmap(to, size);
 }
 
 struct knocking {
@@ -992,8 +1136,10 @@ static void *knock(void *data)
 }
 
 /* Nothing that goes through a door before arrives after the page has become private. */
-TEST_F(convert, doors_while_memory_becomes_private)
+TEST_F_TIMEOUT(convert, doors_while_memory_becomes_private, SLOW)
 {
+	/* Of what is shared in 1 GiB each piece is checked. */
+	const int rounds = self->t.page_size == SZ_1G ? 25 : 100;
 	struct knocking k = { .t = &self->t };
 	long refused = 0, opened, shut;
 	pthread_t thread;
@@ -1001,15 +1147,15 @@ TEST_F(convert, doors_while_memory_becomes_private)
 	int i;
 
 	kvm_pthread_create(&thread, NULL, knock, &k);
-	for (i = 0; i < 100; i++) {
-		convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	for (i = 0; i < rounds; i++) {
+		convert_all(&self->t, SHARED);
 		opened = READ_ONCE(k.opened);
 		while (READ_ONCE(k.opened) == opened)
 			sched_yield();
 
 		WRITE_ONCE(k.converting, true);
-		while (gmem_convert(self->t.fd, 0, FILE_SIZE, PRIVATE, &error)) {
-			TEST_ASSERT(errno == EAGAIN && error == SZ_4K,
+		while (gmem_convert(self->t.fd, 0, self->t.size, PRIVATE, &error)) {
+			TEST_ASSERT(errno == EAGAIN && error == page_offset(&self->t, 1),
 				    "errno %d (%s) at 0x%lx", errno, strerror(errno), error);
 			refused++;
 		}
@@ -1035,37 +1181,38 @@ static void update_clock(struct convert_test *self, int page)
 }
 
 /* KVM reads and writes through the host's mapping, and remembers where that leads. */
-TEST_F(convert, kvm_keeps_out_of_private_memory)
+TEST_F_TIMEOUT(convert, kvm_keeps_out_of_private_memory, SLOW)
 {
-	struct pvclock_vcpu_time_info *clock = (void *)self->t.mem;
+	struct pvclock_vcpu_time_info *clock = (void *)word(&self->t, 0);
 	u32 version;
 
 	gmem_delete_slot(self->t.vm, GMEM_SLOT);
-	vm_set_user_memory_region2(self->t.vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD,
-				   GMEM_GPA, FILE_SIZE, self->t.mem, self->t.fd, 0);
-	convert(self->t.fd, 0, FILE_SIZE, SHARED);
+	add_slot(&self->t, self->t.mem);
+	convert_all(&self->t, SHARED);
 	guest_write(&self->t, 1, VALUE(1));
 
-	vcpu_set_msr(self->t.vcpu, MSR_KVM_SYSTEM_TIME_NEW, GMEM_GPA | KVM_MSR_ENABLED);
+	vcpu_set_msr(self->t.vcpu, MSR_KVM_SYSTEM_TIME_NEW,
+		     page_gpa(&self->t, 0) | KVM_MSR_ENABLED);
 	update_clock(&self->t, 1);
 	version = READ_ONCE(clock->version);
 	EXPECT_NE(0, version);
 	update_clock(&self->t, 1);
 	EXPECT_NE(version, READ_ONCE(clock->version));
 
-	convert(self->t.fd, 0, SZ_4K, PRIVATE);
+	convert_pages(&self->t, 0, 1, PRIVATE);
 	guest_write(&self->t, 0, VALUE(0));
 	update_clock(&self->t, 1);
 	update_clock(&self->t, 0);
-	convert(self->t.fd, 0, SZ_4K, SHARED);
+	convert_pages(&self->t, 0, 1, SHARED);
 	EXPECT_EQ(VALUE(0), *word(&self->t, 0));
 
 	update_clock(&self->t, 1);
 	EXPECT_NE(VALUE(0), *word(&self->t, 0));
 }
 
-TEST_F(convert, errors)
+TEST_F_TIMEOUT(convert, errors, SLOW)
 {
+	const u64 size = self->t.file_size;
 	const struct {
 		u64 offset, size, attributes, flags, reserved;
 		int err;
@@ -1074,17 +1221,17 @@ TEST_F(convert, errors)
 		{ 0, 1, PRIVATE, .err = EINVAL },
 		{ 1, SZ_4K, PRIVATE, .err = EINVAL },
 		{ 0, SZ_4K + 1, PRIVATE, .err = EINVAL },
-		{ 0, FILE_SIZE + SZ_4K, PRIVATE, .err = EINVAL },
-		{ FILE_SIZE, SZ_4K, PRIVATE, .err = EINVAL },
-		{ FILE_SIZE - SZ_4K, 2 * SZ_4K, PRIVATE, .err = EINVAL },
+		{ 0, size + SZ_4K, PRIVATE, .err = EINVAL },
+		{ size, SZ_4K, PRIVATE, .err = EINVAL },
+		{ size - SZ_4K, 2 * SZ_4K, PRIVATE, .err = EINVAL },
 		{ -(u64)SZ_4K, SZ_4K, PRIVATE, .err = EINVAL },
 		{ -(u64)SZ_4K, 2 * SZ_4K, PRIVATE, .err = EINVAL },
 		{ SZ_4K, -(u64)SZ_4K, PRIVATE, .err = EINVAL },
 		{ 0, SZ_4K, PRIVATE, .flags = 1, .err = EINVAL },
 		{ 0, SZ_4K, PRIVATE, .flags = 1ull << 63, .err = EINVAL },
 		{ 0, SZ_4K, PRIVATE, .reserved = 1, .err = EINVAL },
-		{ 0, FILE_SIZE, PRIVATE },
-		{ 0, FILE_SIZE, SHARED },
+		{ 0, size, PRIVATE },
+		{ 0, size, SHARED },
 	};
 	struct kvm_memory_attributes2 attrs;
 	struct kvm_vm *vm;
@@ -1119,10 +1266,10 @@ TEST_F(convert, errors)
 	EXPECT_EQ(-1, ioctl(self->t.fd, KVM_CHECK_EXTENSION, 0));
 	EXPECT_EQ(ENOTTY, errno);
 
-	/* A VM that has no private memory. */
+	/* A VM that has no private memory, and no files of huge pages. */
 	vm = vm_create_barebones();
 	EXPECT_EQ(0, vm_check_cap(vm, KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES));
-	fd = vm_create_guest_memfd(vm, FILE_SIZE, variant->flags);
+	fd = vm_create_guest_memfd(vm, SZ_4K, variant->flags);
 	EXPECT_EQ(-1, gmem_convert(fd, 0, SZ_4K, PRIVATE, NULL));
 	EXPECT_EQ(EINVAL, errno);
 	EXPECT_EQ(-1, gmem_convert(fd, 0, SZ_4K, SHARED, NULL));
@@ -1131,7 +1278,7 @@ TEST_F(convert, errors)
 	kvm_vm_free(vm);
 }
 
-TEST_F(convert, capabilities)
+TEST_F_TIMEOUT(convert, capabilities, SLOW)
 {
 	EXPECT_EQ(PRIVATE, kvm_check_cap(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES));
 	EXPECT_EQ(PRIVATE, vm_check_cap(self->t.vm, KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES));
@@ -1146,6 +1293,8 @@ FIXTURE(off)
 {
 	struct kvm_vm *vm;
 };
+
+#define OFF_SIZE	(NR_PAGES * SZ_4K)
 
 FIXTURE_SETUP(off)
 {
@@ -1162,10 +1311,10 @@ FIXTURE_TEARDOWN(off)
 
 TEST_F(off, nothing_can_be_converted)
 {
-	int fd = vm_create_guest_memfd(self->vm, FILE_SIZE, 0);
+	int fd = vm_create_guest_memfd(self->vm, OFF_SIZE, 0);
 
 	EXPECT_EQ(0, vm_check_cap(self->vm, KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES));
-	EXPECT_EQ(-1, gmem_convert(fd, 0, FILE_SIZE, PRIVATE, NULL));
+	EXPECT_EQ(-1, gmem_convert(fd, 0, OFF_SIZE, PRIVATE, NULL));
 	EXPECT_EQ(ENOTTY, errno);
 	EXPECT_EQ(-1, ioctl(fd, KVM_SET_MEMORY_ATTRIBUTES2, NULL));
 	EXPECT_EQ(ENOTTY, errno);
@@ -1176,7 +1325,7 @@ TEST_F(off, vm_has_the_attributes)
 {
 	EXPECT_EQ(PRIVATE, kvm_check_cap(KVM_CAP_MEMORY_ATTRIBUTES));
 	EXPECT_EQ(PRIVATE, vm_check_cap(self->vm, KVM_CAP_MEMORY_ATTRIBUTES));
-	EXPECT_EQ(-1, __vm_create_guest_memfd(self->vm, FILE_SIZE,
+	EXPECT_EQ(-1, __vm_create_guest_memfd(self->vm, OFF_SIZE,
 					      GUEST_MEMFD_FLAG_INIT_SHARED));
 	EXPECT_EQ(EINVAL, errno);
 }

@@ -656,6 +656,157 @@ TEST_F_TIMEOUT(convert_nth, convert, SLOW)
 	EXPECT_LT(0, t->failed);
 }
 
+/*
+ * Splits of huge pages, by conversion and by allocation.  What is done is undone by
+ * a conversion back, and that needs nothing but for the attributes.
+ */
+FIXTURE(split_nth)
+{
+	struct nth_test t;
+	int check;
+};
+
+FIXTURE_VARIANT(split_nth)
+{
+	size_t page_size;
+	long nr;
+	/* What is shared all the time, so that huge pages are in parts. */
+	u64 shared;
+	u64 offset, size;
+	bool allocate;
+};
+
+FIXTURE_VARIANT_ADD(split_nth, 2m_page)
+{
+	.page_size = SZ_2M, .nr = 1, .shared = -1, .offset = SZ_4K, .size = SZ_4K,
+};
+
+FIXTURE_VARIANT_ADD(split_nth, 2m_three_huge_pages)
+{
+	.page_size = SZ_2M, .nr = 3, .shared = -1, .offset = SZ_2M - SZ_4K,
+	.size = SZ_2M + SZ_8K,
+};
+
+FIXTURE_VARIANT_ADD(split_nth, 2m_allocate)
+{
+	.page_size = SZ_2M, .nr = 1, .shared = SZ_4K, .offset = 0, .size = SZ_2M,
+	.allocate = true,
+};
+
+FIXTURE_VARIANT_ADD(split_nth, 1g_page)
+{
+	.page_size = SZ_1G, .nr = 1, .shared = -1, .offset = SZ_2M + SZ_4K,
+	.size = SZ_4K,
+};
+
+FIXTURE_VARIANT_ADD(split_nth, 1g_part)
+{
+	.page_size = SZ_1G, .nr = 1, .shared = 0, .offset = SZ_2M - SZ_4K,
+	.size = SZ_2M + SZ_8K,
+};
+
+FIXTURE_SETUP(split_nth)
+{
+	const char *reason = gmem_unavailable(variant->page_size);
+	struct nth_test *t = &self->t;
+	u64 size = variant->nr * variant->page_size;
+
+	if (!kvm_check_cap(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES))
+		SKIP(return, "kvm.gmem_in_place_conversion is off");
+	if (reason)
+		SKIP(return, "%s", reason);
+
+	t->nth_fd = open_fail_nth();
+	if (t->nth_fd < 0 || !set_up_fault_injection())
+		SKIP(return, "no CONFIG_FAILSLAB, CONFIG_FAIL_PAGE_ALLOC or debugfs");
+
+	hugetlb_get(variant->page_size, &t->before);
+	t->vm = gmem_vm_create(1, &t->vcpu);
+	t->fd = vm_create_guest_memfd(t->vm, size, gmem_flags(variant->page_size) |
+				      GUEST_MEMFD_FLAG_MMAP);
+	vm_set_user_memory_region2(t->vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD, GMEM_GPA, size,
+				   NULL, t->fd, 0);
+	self->check = gmem_open_check(t->vm);
+}
+
+FIXTURE_TEARDOWN(split_nth)
+{
+	struct nth_test *t = &self->t;
+
+	kvm_close(self->check);
+	kvm_vm_free(t->vm);
+	kvm_close(t->fd);
+	kvm_close(t->nth_fd);
+	hugetlb_expect_released(&t->before, "after close");
+}
+
+static int split_step(struct nth_test *t, const struct _fixture_variant_split_nth *v)
+{
+	u64 error;
+	int r;
+
+	if (v->allocate)
+		return fallocate(t->fd, FALLOC_FL_KEEP_SIZE, v->offset, v->size);
+
+	r = gmem_convert(t->fd, v->offset, v->size, 0, &error);
+	if (r && errno == ENOMEM)
+		TEST_ASSERT_EQ(error, v->offset);
+	return r;
+}
+
+static void split_undo(struct nth_test *t, const struct _fixture_variant_split_nth *v)
+{
+	if (v->allocate)
+		kvm_fallocate(t->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, v->offset,
+			      v->size);
+	else
+		TEST_ASSERT(!gmem_convert(t->fd, v->offset, v->size,
+					  KVM_MEMORY_ATTRIBUTE_PRIVATE, NULL),
+			    "Can't convert back: errno %d", errno);
+}
+
+TEST_F_TIMEOUT(split_nth, split, SLOW)
+{
+	const u64 size = variant->nr * variant->page_size;
+	struct nth_test *t = &self->t;
+	bool injected = true;
+	int nth, r, err;
+
+	if (!variant->allocate)
+		gmem_guest_do(t->vcpu, GMEM_WRITE, GMEM_GPA, size, SZ_4K, PATTERN);
+	if (variant->shared != -1)
+		TEST_ASSERT(!gmem_convert(t->fd, variant->shared, SZ_4K, 0, NULL),
+			    "Can't convert: errno %d", errno);
+
+	for (nth = 1; injected; nth++) {
+		TEST_ASSERT(nth < 10 * MAX_NTH, "There is no end of allocations");
+		start_nth(t, nth);
+		r = split_step(t, variant);
+		err = errno;
+		injected = stop_nth(t);
+
+		t->injected += injected;
+		gmem_check(self->check, t->fd, true);
+		if (r) {
+			t->failed++;
+			TEST_ASSERT(injected && (err == ENOMEM || err == EFAULT),
+				    "Failure %d: unexpected errno %d (%s)", nth, err,
+				    strerror(err));
+			r = split_step(t, variant);
+			TEST_ASSERT(!r, "Second try after failure %d: errno %d (%s)", nth,
+				    errno, strerror(errno));
+			gmem_check(self->check, t->fd, true);
+		}
+		split_undo(t, variant);
+		gmem_check(self->check, t->fd, true);
+	}
+	if (!variant->allocate)
+		gmem_guest_do(t->vcpu, GMEM_CHECK, GMEM_GPA, size, SZ_4K, PATTERN);
+	ksft_print_msg("%ld failures injected, %ld reached the caller\n", t->injected,
+		       t->failed);
+	EXPECT_LT(0, t->failed);
+}
+
 int main(int argc, char *argv[])
 {
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM));

@@ -502,7 +502,51 @@ TEST_F_TIMEOUT(map, slots_outside_the_file_are_refused, SLOW)
 	EXPECT_EQ(EEXIST, errno);
 }
 
-#define NO_MIX	"a file of huge pages is private as a whole"
+/* Who keeps track of that depends, and so does where shared memory comes from. */
+static void set_shared(struct map_test *self, u64 offset, u64 size, bool shared)
+{
+	u64 attributes = shared ? 0 : KVM_MEMORY_ATTRIBUTE_PRIVATE;
+
+	if (kvm_converts_in_place())
+		TEST_ASSERT(!gmem_convert(self->fd, offset, size, attributes, NULL),
+			    "Conversion of 0x%lx bytes at 0x%lx: errno %d (%s)", size,
+			    offset, errno, strerror(errno));
+	else
+		vm_set_memory_attributes(self->vm, GMEM_GPA + offset, size, attributes);
+}
+
+/*
+ * What KVM takes for the largest level of a page when it is not in a fault, of which
+ * PG_LEVEL_4K is 1.
+ */
+static void expect_level(struct map_test *self, u64 offset, int level)
+{
+	char cmd[48], path[128];
+	int fd, len;
+
+	snprintf(path, sizeof(path), "/sys/kernel/debug/kvm/%d-%d/gmem_level", getpid(),
+		 self->vm->fd);
+	fd = open_path_or_exit(path, O_WRONLY);
+	len = snprintf(cmd, sizeof(cmd), "%lu %u", (GMEM_GPA + offset) / SZ_4K, level + 1);
+	TEST_ASSERT(write(fd, cmd, len) == len, "0x%lx: not of level %d, errno %d (%s)",
+		    offset, level, errno, strerror(errno));
+	kvm_close(fd);
+}
+
+/* With a range of the first page shared. */
+static void expect_levels(struct map_test *self, u64 shared, u64 size)
+{
+	u64 part, beside = shared ? shared - SZ_4K : shared + size;
+
+	expect_level(self, shared, size == SZ_2M ? PAGES_2M : PAGES_4K);
+	/* The next page is not there. */
+	expect_level(self, self->page_size, PAGES_4K);
+	expect_level(self, beside, beside / SZ_2M == shared / SZ_2M ||
+		     beside / SZ_2M == (shared + size - 1) / SZ_2M ? PAGES_4K : PAGES_2M);
+	for (part = 0; part < self->page_size; part += SZ_2M)
+		if (part + SZ_2M <= shared || part >= shared + size)
+			expect_level(self, part + SZ_8K, PAGES_2M);
+}
 
 /*
  * One shared page among private ones, and back.
@@ -516,7 +560,7 @@ static void mix_and_unmix(struct map_test *self, u64 shared, u64 size)
 	gmem_guest_do(self->vcpu, GMEM_WRITE, GMEM_GPA, page, SZ_4K, PATTERN);
 	expect_mappings(self, largest(self, 1), "all private");
 
-	vm_mem_set_shared(self->vm, GMEM_GPA + shared, size);
+	set_shared(self, shared, size, true);
 
 	/* The 2 MiB beside it, then the 4 KiB beside it. */
 	for (gpa = 0; gpa < page; gpa += SZ_2M) {
@@ -535,13 +579,25 @@ static void mix_and_unmix(struct map_test *self, u64 shared, u64 size)
 	}
 	expect_mappings(self, want, "one part shared");
 
-	/* The shared part is the VMM's memory, and leaves the other alone. */
-	gmem_guest_do(self->vcpu, GMEM_WRITE, GMEM_GPA + shared, 8, 8, ~PATTERN);
-	TEST_ASSERT_EQ(*(u64 *)(self->uaddr + shared), ~PATTERN);
+	if (kvm_converts_in_place()) {
+		/* By as large a page as is shared. */
+		gmem_guest_do(self->vcpu, GMEM_CHECK, GMEM_GPA + shared, size, SZ_4K,
+			      PATTERN + shared);
+		want.nr[size == SZ_2M ? PAGES_2M : PAGES_4K] += size == SZ_2M ? 1 :
+								size / SZ_4K;
+		expect_mappings(self, want, "shared part, too");
+		expect_levels(self, shared, size);
+	} else {
+		/* The shared part is the VMM's memory, and leaves the other alone. */
+		gmem_guest_do(self->vcpu, GMEM_WRITE, GMEM_GPA + shared, 8, 8, ~PATTERN);
+		TEST_ASSERT_EQ(*(u64 *)(self->uaddr + shared), ~PATTERN);
+	}
 
-	vm_mem_set_private(self->vm, GMEM_GPA + shared, size);
+	set_shared(self, shared, size, false);
 	gmem_guest_do(self->vcpu, GMEM_CHECK, GMEM_GPA + shared, 8, 8, PATTERN + shared);
 	expect_mappings(self, largest(self, 1), "all private again");
+	if (kvm_converts_in_place())
+		expect_level(self, shared, self->page_size == SZ_1G ? PAGES_1G : PAGES_2M);
 	gmem_guest_do(self->vcpu, GMEM_CHECK, GMEM_GPA, page, SZ_4K, PATTERN);
 }
 
@@ -553,8 +609,6 @@ TEST_F_TIMEOUT(map, mixed_attributes_fall_back_and_recover, SLOW)
 
 	if (page == SZ_4K)
 		SKIP(return, "there is nothing to mix in a page of 4 KiB");
-	if (kvm_converts_in_place())
-		SKIP(return, NO_MIX);
 
 	add_whole_file(&self->t);
 	for (i = 0; i < ARRAY_SIZE(shared); i++)
@@ -571,10 +625,8 @@ TEST_F_TIMEOUT(map, attributes_mixed_before_the_slot_exists, SLOW)
 
 	if (page == SZ_4K)
 		SKIP(return, "there is nothing to mix in a page of 4 KiB");
-	if (kvm_converts_in_place())
-		SKIP(return, NO_MIX);
 
-	vm_mem_set_shared(self->t.vm, GMEM_GPA + page - SZ_4K, SZ_4K);
+	set_shared(&self->t, page - SZ_4K, SZ_4K, true);
 	add_whole_file(&self->t);
 
 	gmem_guest_do(self->t.vcpu, GMEM_READ, GMEM_GPA, 8, 8, 0);

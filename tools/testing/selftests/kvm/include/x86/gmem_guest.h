@@ -48,6 +48,9 @@ struct gmem_command {
  */
 struct kvm_vm *gmem_vm_create(int nr_vcpus, struct kvm_vcpu *vcpus[]);
 
+/* The same of any type, whose memory need not be private. */
+struct kvm_vm *gmem_vm_create_type(int type, int nr_vcpus, struct kvm_vcpu *vcpus[]);
+
 /*
  * What the VM is to know of its memory: 0 or KVM_MEMORY_ATTRIBUTE_PRIVATE.  Nothing, if
  * guest_memfd files know: these are created private.
@@ -79,6 +82,19 @@ int gmem_guest_run(struct kvm_vcpu *vcpu);
 
 /* KVM_SET_MEMORY_ATTRIBUTES2; @error is set to its error_offset, unless NULL. */
 int gmem_convert(int fd, u64 offset, u64 size, u64 attributes, u64 *error);
+
+/* A file of the VM's in debugfs, to write to, or -1. */
+int gmem_open_debugfs(struct kvm_vm *vm, const char *name);
+
+/*
+ * With CONFIG_KVM_GMEM_TEST=y KVM compares what folios a file has with what its attributes
+ * demand.  Of huge pages it is told whether their vmemmap has to be @optimized.
+ */
+int gmem_open_check(struct kvm_vm *vm);
+void gmem_check(int check, int fd, bool optimized);
+
+/* Use the page of the word at @p until this is read from the pipe, or the pipe closed. */
+void gmem_pin(int pipe_fd, void *p);
 
 /* The page that this process has mapped at @p, or 0. */
 u64 gmem_host_pfn(const void *p);

@@ -5,6 +5,8 @@
  */
 #include <fcntl.h>
 
+#include <sys/uio.h>
+
 #include "gmem_guest.h"
 
 static struct gmem_command commands[GMEM_MAX_VCPUS];
@@ -50,11 +52,11 @@ static void guest_code(u64 id)
 	}
 }
 
-struct kvm_vm *gmem_vm_create(int nr_vcpus, struct kvm_vcpu *vcpus[])
+struct kvm_vm *gmem_vm_create_type(int type, int nr_vcpus, struct kvm_vcpu *vcpus[])
 {
 	const struct vm_shape shape = {
 		.mode = VM_MODE_DEFAULT,
-		.type = KVM_X86_SW_PROTECTED_VM,
+		.type = type,
 	};
 	struct kvm_vm *vm;
 	int i, level;
@@ -71,6 +73,11 @@ struct kvm_vm *gmem_vm_create(int nr_vcpus, struct kvm_vcpu *vcpus[])
 		gmem_guest_do(vcpus[i], GMEM_READ, GMEM_GPA, 0, SZ_4K, 0);
 	}
 	return vm;
+}
+
+struct kvm_vm *gmem_vm_create(int nr_vcpus, struct kvm_vcpu *vcpus[])
+{
+	return gmem_vm_create_type(KVM_X86_SW_PROTECTED_VM, nr_vcpus, vcpus);
 }
 
 void gmem_vm_set_attributes(struct kvm_vm *vm, gpa_t gpa, u64 size, u64 attributes)
@@ -172,6 +179,40 @@ int gmem_convert(int fd, u64 offset, u64 size, u64 attributes, u64 *error)
 	if (error)
 		*error = attrs.error_offset;
 	return r;
+}
+
+int gmem_open_debugfs(struct kvm_vm *vm, const char *name)
+{
+	char path[128];
+
+	snprintf(path, sizeof(path), "/sys/kernel/debug/kvm/%d-%d/%s", getpid(), vm->fd,
+		 name);
+	return open(path, O_WRONLY);
+}
+
+int gmem_open_check(struct kvm_vm *vm)
+{
+	int fd = gmem_open_debugfs(vm, "gmem_check");
+
+	__TEST_REQUIRE(fd >= 0, "no gmem_check in debugfs, is CONFIG_KVM_GMEM_TEST=y?");
+	return fd;
+}
+
+void gmem_check(int check, int fd, bool optimized)
+{
+	char cmd[32];
+	int len = snprintf(cmd, sizeof(cmd), "%d %d", fd, optimized);
+
+	TEST_ASSERT(write(check, cmd, len) == len,
+		    "Folios are not what they have to be: errno %d (%s)", errno,
+		    strerror(errno));
+}
+
+void gmem_pin(int pipe_fd, void *p)
+{
+	struct iovec iov = { .iov_base = p, .iov_len = sizeof(u64) };
+
+	TEST_ASSERT(vmsplice(pipe_fd, &iov, 1, 0) == sizeof(u64), "vmsplice() failed");
 }
 
 u64 gmem_host_pfn(const void *p)

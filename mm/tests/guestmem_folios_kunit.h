@@ -1,0 +1,301 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * KUnit tests of what becomes of the page cache when HugeTLB pages are split and merged
+ *
+ * That depends on orders alone, so those of other architectures can be tested, too.
+ */
+#ifdef CONFIG_GUESTMEM_FOLIOS_KUNIT_TEST
+
+#ifndef _MM_GUESTMEM_FOLIOS_KUNIT_H
+#define _MM_GUESTMEM_FOLIOS_KUNIT_H
+
+#include <kunit/test.h>
+
+/*
+ * The HugeTLB pages that a file can have where KVM has guest_memfd:
+ *
+ * - x86 has pages of PMD_SIZE and PUD_SIZE, see arch/x86/mm/hugetlbpage.c;
+ * - arm64 has these and two kinds of contiguous ones, see hugetlbpage_init() in
+ *   arch/arm64/mm/hugetlbpage.c, ARM64_CONT_PTE_SHIFT and ARM64_CONT_PMD_SHIFT, and
+ *   pud_sect_supported(): PUD_SIZE is for base pages of 4 KiB only.
+ *
+ * With base pages of 64 KiB there are also some of 16 GiB, which no file can have.
+ */
+struct guestmem_orders {
+	const char *name;
+	unsigned int order;
+	unsigned int pmd_order;
+	unsigned int part_order;
+};
+
+static const struct guestmem_orders guestmem_orders[] = {
+	{ "2 MiB in 4 KiB (x86, arm64)", 9, 9, 0 },
+	{ "1 GiB in 4 KiB (x86, arm64)", 18, 9, 9 },
+	{ "64 KiB in 4 KiB (arm64)", 4, 9, 0 },
+	{ "32 MiB in 4 KiB (arm64)", 13, 9, 9 },
+	{ "2 MiB in 16 KiB (arm64)", 7, 11, 0 },
+	{ "32 MiB in 16 KiB (arm64)", 11, 11, 0 },
+	{ "1 GiB in 16 KiB (arm64)", 16, 11, 11 },
+	{ "2 MiB in 64 KiB (arm64)", 5, 13, 0 },
+	{ "512 MiB in 64 KiB (arm64)", 13, 13, 0 },
+};
+
+KUNIT_ARRAY_PARAM_DESC(guestmem_orders, guestmem_orders, name);
+
+/* A huge page with a neighbor on each side. */
+struct guestmem_kunit {
+	struct address_space mapping;
+	unsigned int order;
+	unsigned int part_order;	/* that of the whole if there are no parts */
+	pgoff_t start;
+	pgoff_t end;
+};
+
+/* What stands for the folio at @index. */
+static void *guestmem_kunit_folio(pgoff_t index)
+{
+	return (void *)((index + 1) * sizeof(void *));
+}
+
+/*
+ * To store entries must not need memory once there are placeholders for them.  Attempts
+ * to get some without waiting are counted by what would make one of very many fail.
+ */
+#define GUESTMEM_KUNIT_FAIL_NTH		UINT_MAX
+
+#ifdef CONFIG_FAILSLAB
+static void guestmem_kunit_expect_no_allocation(bool begin, struct kunit *test)
+{
+	if (!begin)
+		KUNIT_EXPECT_EQ(test, GUESTMEM_KUNIT_FAIL_NTH, current->fail_nth);
+	current->fail_nth = begin ? GUESTMEM_KUNIT_FAIL_NTH : 0;
+}
+#else
+static void guestmem_kunit_expect_no_allocation(bool begin, struct kunit *test)
+{
+}
+#endif
+
+static void guestmem_kunit_expect_placeholder(struct kunit *test, pgoff_t start,
+					      pgoff_t end, unsigned int order)
+{
+	struct guestmem_kunit *gk = test->priv;
+	pgoff_t i;
+
+	for (i = start; i < end; i++) {
+		if (xa_load(&gk->mapping.i_pages, i) != guestmem_placeholder() ||
+		    xa_get_order(&gk->mapping.i_pages, i) != order)
+			break;
+	}
+	KUNIT_EXPECT_EQ(test, end, i);
+}
+
+/* Store folios in place of placeholders, and see that they are what is found then. */
+static void guestmem_kunit_store(struct kunit *test, pgoff_t start, pgoff_t end,
+				 unsigned int order)
+{
+	struct guestmem_kunit *gk = test->priv;
+	pgoff_t i;
+
+	guestmem_kunit_expect_no_allocation(true, test);
+	for (i = start; i < end; i += 1UL << order)
+		guestmem_replace(&gk->mapping, i, order, guestmem_kunit_folio(i));
+	guestmem_kunit_expect_no_allocation(false, test);
+
+	for (i = start; i < end; i++) {
+		if (xa_load(&gk->mapping.i_pages, i) !=
+		    guestmem_kunit_folio(round_down(i, 1UL << order)) ||
+		    xa_get_order(&gk->mapping.i_pages, i) != order)
+			break;
+	}
+	KUNIT_EXPECT_EQ(test, end, i);
+}
+
+/* Put placeholders where folios of @order are, as if these were held. */
+static void guestmem_kunit_hold(struct kunit *test, pgoff_t start, pgoff_t end,
+				unsigned int order)
+{
+	struct guestmem_kunit *gk = test->priv;
+	pgoff_t i;
+
+	guestmem_kunit_expect_no_allocation(true, test);
+	for (i = start; i < end; i += 1UL << order)
+		guestmem_replace(&gk->mapping, i, order, guestmem_placeholder());
+	guestmem_kunit_expect_no_allocation(false, test);
+	guestmem_kunit_expect_placeholder(test, start, end, order);
+}
+
+static void guestmem_kunit_split(struct kunit *test, pgoff_t index, unsigned int order,
+				 unsigned int new_order)
+{
+	struct guestmem_kunit *gk = test->priv;
+
+	KUNIT_ASSERT_EQ(test, 0, guestmem_split_placeholder(&gk->mapping, index, order,
+							    new_order));
+	guestmem_kunit_expect_placeholder(test, index, index + (1UL << order), new_order);
+}
+
+/* From one placeholder to those of the parts, as guestmem_prepare_parts() does it. */
+static void guestmem_kunit_split_whole(struct kunit *test)
+{
+	struct guestmem_kunit *gk = test->priv;
+
+	guestmem_kunit_split(test, gk->start, gk->order, gk->part_order);
+}
+
+/* As guestmem_merge_all() does it. */
+static void guestmem_kunit_merge_all(struct kunit *test)
+{
+	struct guestmem_kunit *gk = test->priv;
+	pgoff_t i;
+
+	for (i = gk->start; i < gk->end; i += 1UL << gk->part_order)
+		guestmem_kunit_hold(test, i, i + (1UL << gk->part_order), gk->part_order);
+	guestmem_kunit_store(test, gk->start, gk->end, gk->order);
+}
+
+static int guestmem_kunit_init(struct kunit *test)
+{
+	const struct guestmem_orders *orders = test->param_value;
+	struct guestmem_kunit *gk;
+
+	gk = kunit_kzalloc(test, sizeof(*gk), GFP_KERNEL);
+	KUNIT_ASSERT_NOT_NULL(test, gk);
+	test->priv = gk;
+	xa_init_flags(&gk->mapping.i_pages, XA_FLAGS_LOCK_IRQ | XA_FLAGS_ACCOUNT);
+
+	gk->order = orders->order;
+	gk->part_order = orders->part_order ?: orders->order;
+	gk->start = 1UL << gk->order;
+	gk->end = 2UL << gk->order;
+
+	KUNIT_ASSERT_EQ(test, 0, guestmem_add_placeholder(&gk->mapping, gk->start - 1, 0));
+	KUNIT_ASSERT_EQ(test, 0, guestmem_add_placeholder(&gk->mapping, gk->end, 0));
+	guestmem_kunit_store(test, gk->start - 1, gk->start, 0);
+	guestmem_kunit_store(test, gk->end, gk->end + 1, 0);
+
+	KUNIT_ASSERT_EQ(test, 0, guestmem_add_placeholder(&gk->mapping, gk->start,
+							  gk->order));
+	KUNIT_EXPECT_EQ(test, gk->mapping.nrpages, 2 + (1UL << gk->order));
+	guestmem_kunit_expect_placeholder(test, gk->start, gk->end, gk->order);
+	return 0;
+}
+
+/* Whatever a test leaves there is one huge page, and its neighbors. */
+static void guestmem_kunit_exit(struct kunit *test)
+{
+	struct guestmem_kunit *gk = test->priv;
+	struct xarray *xa;
+
+	if (!gk)
+		return;
+
+	xa = &gk->mapping.i_pages;
+	KUNIT_EXPECT_PTR_EQ(test, guestmem_kunit_folio(gk->start - 1),
+			    xa_load(xa, gk->start - 1));
+	KUNIT_EXPECT_PTR_EQ(test, guestmem_kunit_folio(gk->end), xa_load(xa, gk->end));
+
+	guestmem_del_placeholder(&gk->mapping, gk->start, gk->order);
+	guestmem_del_placeholder(&gk->mapping, gk->start - 1, 0);
+	guestmem_del_placeholder(&gk->mapping, gk->end, 0);
+	KUNIT_EXPECT_EQ(test, gk->mapping.nrpages, 0);
+	KUNIT_EXPECT_TRUE(test, xa_empty(xa));
+	xa_destroy(xa);
+}
+
+static bool guestmem_kunit_is_private(struct guestmem_allocator *gm, pgoff_t start,
+				      pgoff_t end)
+{
+	return true;
+}
+
+static void orders_of_parts(struct kunit *test)
+{
+	const struct guestmem_orders *orders = test->param_value;
+
+	struct guestmem_allocator gm = {
+		.order = orders->order,
+		.is_private = guestmem_kunit_is_private,
+	};
+
+	KUNIT_EXPECT_EQ(test, orders->part_order,
+			guestmem_part_order(&gm, orders->pmd_order));
+
+	/* What cannot be converted, and is in parts, has those that can be mapped. */
+	gm.is_private = NULL;
+	KUNIT_EXPECT_EQ(test, min(orders->order, orders->pmd_order),
+			guestmem_part_order(&gm, orders->pmd_order));
+}
+
+/* What is prepared can also be aborted: then the huge page comes back at once. */
+static void abort_puts_the_whole_back(struct kunit *test)
+{
+	struct guestmem_kunit *gk = test->priv;
+
+	guestmem_kunit_split_whole(test);
+	guestmem_kunit_store(test, gk->start, gk->end, gk->order);
+	guestmem_kunit_hold(test, gk->start, gk->end, gk->order);
+
+	guestmem_kunit_split_whole(test);
+	guestmem_kunit_split(test, gk->start, gk->part_order, 0);
+	guestmem_kunit_store(test, gk->start, gk->end, gk->order);
+}
+
+/* The first part, the last, and one in between, while all others are one folio each. */
+static void one_part_in_pages(struct kunit *test)
+{
+	struct guestmem_kunit *gk = test->priv;
+	unsigned long size = 1UL << gk->part_order;
+	pgoff_t parts[] = {
+		gk->start, gk->end - size, round_down(gk->start + gk->start / 3, size),
+	};
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(parts); i++) {
+		guestmem_kunit_split_whole(test);
+		guestmem_kunit_split(test, parts[i], gk->part_order, 0);
+		guestmem_kunit_store(test, parts[i], parts[i] + size, 0);
+		guestmem_kunit_store(test, gk->start, parts[i], gk->part_order);
+		guestmem_kunit_store(test, parts[i] + size, gk->end, gk->part_order);
+
+		/* Together again: that part, then all of it. */
+		guestmem_kunit_hold(test, parts[i], parts[i] + size, 0);
+		guestmem_kunit_store(test, parts[i], parts[i] + size, gk->part_order);
+		guestmem_kunit_merge_all(test);
+		guestmem_kunit_hold(test, gk->start, gk->end, gk->order);
+	}
+}
+
+static void all_in_pages(struct kunit *test)
+{
+	struct guestmem_kunit *gk = test->priv;
+	pgoff_t i;
+
+	guestmem_kunit_split_whole(test);
+	for (i = gk->start; i < gk->end; i += 1UL << gk->part_order)
+		guestmem_kunit_split(test, i, gk->part_order, 0);
+	guestmem_kunit_store(test, gk->start, gk->end, 0);
+	guestmem_kunit_hold(test, gk->start, gk->end, 0);
+	guestmem_kunit_merge_all(test);
+}
+
+static struct kunit_case guestmem_folios_test_cases[] = {
+	KUNIT_CASE_PARAM(orders_of_parts, guestmem_orders_gen_params),
+	KUNIT_CASE_PARAM(abort_puts_the_whole_back, guestmem_orders_gen_params),
+	KUNIT_CASE_PARAM(one_part_in_pages, guestmem_orders_gen_params),
+	KUNIT_CASE_PARAM(all_in_pages, guestmem_orders_gen_params),
+	{}
+};
+
+static struct kunit_suite guestmem_folios_test_suite = {
+	.name = "guestmem_folios",
+	.init = guestmem_kunit_init,
+	.exit = guestmem_kunit_exit,
+	.test_cases = guestmem_folios_test_cases,
+};
+
+kunit_test_suite(guestmem_folios_test_suite);
+
+#endif /* _MM_GUESTMEM_FOLIOS_KUNIT_H */
+
+#endif /* CONFIG_GUESTMEM_FOLIOS_KUNIT_TEST */

@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Conversion of a large guest_memfd file in one call, while others want the CPU too.
+ *
+ * The file takes all free 1 GiB pages of the pool.  It is for a machine with one CPU, so
+ * that whoever has it keeps others waiting.  What has been measured is printed as lines
+ * "# name value", in nanoseconds: these are instructions if the machine's clock counts
+ * them.
+ */
+#include <pthread.h>
+#include <sched.h>
+#include <time.h>
+
+#include <sys/mman.h>
+
+#include <linux/falloc.h>
+#include <linux/kvm.h>
+#include <linux/sizes.h>
+
+#include "kvm_test_harness.h"
+#include "gmem_guest.h"
+#include "hugetlb_util.h"
+#include "kvm_util.h"
+#include "processor.h"
+#include "test_util.h"
+
+#define PRIVATE		KVM_MEMORY_ATTRIBUTE_PRIVATE
+#define SHARED		0
+
+/* Clearing 1 GiB takes seconds on an emulated machine. */
+#define SLOW		900
+
+#define PATTERN		0x600d600d00000000ull
+#define NSEC_PER_SEC	1000000000ull
+
+/* How long the real-time thread sleeps, and the longest that it may be kept waiting. */
+#define NAP_NS		100000
+#define MAX_DELAY_NS	NSEC_PER_SEC
+
+struct large_test {
+	struct kvm_vm *vm;
+	struct kvm_vcpu *vcpu;
+	struct hugetlb_counters counters;
+	u64 size;
+	int fd;
+	char *mem;
+	bool stop;
+	u64 max_mincore;
+	u64 nr_mincore;
+	u64 max_delay;
+	u64 nr_naps;
+};
+
+FIXTURE(large)
+{
+	struct large_test t;
+};
+
+static u64 now(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec * NSEC_PER_SEC + ts.tv_nsec;
+}
+
+static void print_value(const char *name, u64 value)
+{
+	ksft_print_msg("%s %lu\n", name, value);
+}
+
+static void create(struct large_test *t, u64 size)
+{
+	t->size = size;
+	t->vm = gmem_vm_create(1, &t->vcpu);
+	t->fd = vm_create_guest_memfd(t->vm, size, gmem_flags(SZ_1G) |
+				      GUEST_MEMFD_FLAG_MMAP);
+	vm_set_user_memory_region2(t->vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD, GMEM_GPA, size,
+				   NULL, t->fd, 0);
+	t->mem = kvm_mmap(size, PROT_READ | PROT_WRITE, MAP_SHARED, t->fd);
+	kvm_fallocate(t->fd, FALLOC_FL_KEEP_SIZE, 0, size);
+}
+
+static void destroy(struct large_test *t)
+{
+	kvm_munmap(t->mem, t->size);
+	kvm_vm_free(t->vm);
+	kvm_close(t->fd);
+}
+
+/* One word of each page of 1 GiB that the guest can address. */
+static void guest_does(struct large_test *t, enum gmem_op op)
+{
+	gmem_guest_do(t->vcpu, op, GMEM_GPA, min(t->size, GMEM_WINDOW), SZ_1G, PATTERN);
+}
+
+static u64 convert(struct large_test *t, u64 offset, u64 size, u64 attributes)
+{
+	u64 error, start = now();
+	int r = gmem_convert(t->fd, offset, size, attributes, &error);
+
+	start = now() - start;
+	TEST_ASSERT(!r, "0x%lx bytes at 0x%lx to 0x%lx: errno %d (%s) at 0x%lx",
+		    size, offset, attributes, errno, strerror(errno), error);
+	return start;
+}
+
+/* One page of 4 KiB, in a page of 1 GiB that is whole before and after. */
+static void convert_one(struct large_test *t, const char *which)
+{
+	const u64 offset = t->size / SZ_1G / 2 * SZ_1G + SZ_1G / 2;
+	char name[64];
+
+	guest_does(t, GMEM_WRITE);
+	snprintf(name, sizeof(name), "%s_4k_to_shared", which);
+	print_value(name, convert(t, offset, SZ_4K, SHARED));
+	snprintf(name, sizeof(name), "%s_4k_to_private", which);
+	print_value(name, convert(t, offset, SZ_4K, PRIVATE));
+	guest_does(t, GMEM_CHECK);
+}
+
+static u64 do_mincore(struct large_test *t, unsigned char *vec)
+{
+	u64 start = now();
+
+	TEST_ASSERT(!mincore(t->mem, SZ_1G, vec), "mincore() failed");
+	return now() - start;
+}
+
+/* Looks all pages up, and has a reference to each for a moment. */
+static void *look(void *arg)
+{
+	unsigned char *vec = malloc(SZ_1G / SZ_4K);
+	struct large_test *t = arg;
+
+	while (!READ_ONCE(t->stop)) {
+		t->max_mincore = max(t->max_mincore, do_mincore(t, vec));
+		t->nr_mincore++;
+	}
+	free(vec);
+	return NULL;
+}
+
+/*
+ * Before all others, whenever it wakes up: so if that is late, preemption or interrupts
+ * have been off, as they are for whoever holds a spinlock.  That may have begun right
+ * after the last time.
+ */
+static void *nap(void *arg)
+{
+	const struct sched_param param = { .sched_priority = 1 };
+	struct large_test *t = arg;
+	struct timespec ts;
+	u64 due;
+
+	TEST_ASSERT(!pthread_setschedparam(pthread_self(), SCHED_FIFO, &param),
+		    "Can't become a real-time thread");
+	while (!READ_ONCE(t->stop)) {
+		due = now() + NAP_NS;
+		ts.tv_sec = due / NSEC_PER_SEC;
+		ts.tv_nsec = due % NSEC_PER_SEC;
+		clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &ts, NULL);
+		t->max_delay = max(t->max_delay, now() - due);
+		t->nr_naps++;
+	}
+	return NULL;
+}
+
+/* There and back, with what the host has mapped in each 2 MiB on the way back. */
+static void convert_all(struct large_test *t, const char *which)
+{
+	u64 per_gib = t->size / SZ_1G, i;
+	char name[64];
+
+	guest_does(t, GMEM_CHECK);
+	snprintf(name, sizeof(name), "%s_all_to_shared_per_gib", which);
+	print_value(name, convert(t, 0, t->size, SHARED) / per_gib);
+
+	for (i = 0; i < t->size; i += SZ_2M)
+		WRITE_ONCE(t->mem[i + SZ_4K], 1);
+
+	guest_does(t, GMEM_CHECK);
+	snprintf(name, sizeof(name), "%s_all_to_private_per_gib", which);
+	print_value(name, convert(t, 0, t->size, PRIVATE) / per_gib);
+	guest_does(t, GMEM_CHECK);
+}
+
+static void convert_all_beside_others(struct large_test *t)
+{
+	pthread_t lookup, napper;
+
+	pthread_create(&napper, NULL, nap, t);
+	pthread_create(&lookup, NULL, look, t);
+	convert_all(t, "beside_others");
+	WRITE_ONCE(t->stop, true);
+	pthread_join(lookup, NULL);
+	pthread_join(napper, NULL);
+	print_value("longest_mincore", t->max_mincore);
+	print_value("nr_mincore", t->nr_mincore);
+	print_value("nr_naps", t->nr_naps);
+	print_value("not_preemptible_at_most", t->max_delay + NAP_NS);
+}
+
+FIXTURE_SETUP(large)
+{
+	const char *reason = gmem_unavailable(SZ_1G);
+
+	if (!kvm_check_cap(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES))
+		SKIP(return, "kvm.gmem_in_place_conversion is off");
+	if (reason)
+		SKIP(return, "%s", reason);
+
+	hugetlb_get(SZ_1G, &self->t.counters);
+}
+
+FIXTURE_TEARDOWN(large)
+{
+	hugetlb_expect_released(&self->t.counters, "after close");
+}
+
+/* What 4 KiB cost does not depend on what else is in the file. */
+TEST_F_TIMEOUT(large, all_in_one_call, SLOW)
+{
+	struct large_test *t = &self->t;
+	unsigned char *vec = malloc(SZ_1G / SZ_4K);
+
+	create(t, SZ_1G);
+	convert_one(t, "small_file");
+	destroy(t);
+
+	create(t, hugetlb_available(SZ_1G) * SZ_1G);
+	print_value("nr_huge_pages", t->size / SZ_1G);
+	convert_one(t, "large_file");
+	print_value("mincore_alone", do_mincore(t, vec));
+	free(vec);
+
+	convert_all(t, "alone");
+	convert_all_beside_others(t);
+	EXPECT_LT(0, t->nr_mincore);
+	EXPECT_LT(0, t->nr_naps);
+	EXPECT_LT(t->max_delay, MAX_DELAY_NS);
+	destroy(t);
+}
+
+int main(int argc, char *argv[])
+{
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM));
+
+	return test_harness_run(argc, argv);
+}

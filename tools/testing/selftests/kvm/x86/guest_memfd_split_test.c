@@ -1,0 +1,623 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Conversion of guest_memfd memory on huge pages: these are split only as far as what
+ * they are demands, and merged as soon as it allows that.
+ *
+ * After every step the kernel compares what folios there are with what there have to be,
+ * and guest and host look at the contents of every page.
+ */
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+
+#include <linux/falloc.h>
+#include <linux/kvm.h>
+#include <linux/sizes.h>
+
+#include "kvm_test_harness.h"
+#include "gmem_guest.h"
+#include "hugetlb_util.h"
+#include "kvm_util.h"
+#include "processor.h"
+#include "test_util.h"
+
+#define PRIVATE		KVM_MEMORY_ATTRIBUTE_PRIVATE
+#define SHARED		0
+
+/* What is private in a huge page is in parts of 2 MiB. */
+#define PAGES_PER_PART	(SZ_2M / SZ_4K)
+
+#define PUNCH_HOLE	(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
+
+/* Clearing 1 GiB takes seconds on an emulated machine. */
+#define SLOW		300
+
+#define PATTERN		0x600d600d00000000ull
+
+struct split_test {
+	struct kvm_vm *vm;
+	struct kvm_vcpu *vcpu;
+	struct kvm_vcpu *victim;	/* does what ends in an error */
+	size_t page_size;
+	size_t size;
+	int fd;
+	int check;
+	char *mem;
+	struct hugetlb_counters counters;
+};
+
+FIXTURE(split)
+{
+	struct split_test t;
+};
+
+FIXTURE_VARIANT(split)
+{
+	size_t page_size;
+	long nr;
+	u64 flags;
+};
+
+FIXTURE_VARIANT_ADD(split, 2m) { .page_size = SZ_2M, .nr = 4, };
+FIXTURE_VARIANT_ADD(split, 1g) { .page_size = SZ_1G, .nr = 1, };
+FIXTURE_VARIANT_ADD(split, 2m_shared) {
+	.page_size = SZ_2M, .nr = 4, .flags = GUEST_MEMFD_FLAG_INIT_SHARED,
+};
+
+FIXTURE_VARIANT_ADD(split, 1g_shared) {
+	.page_size = SZ_1G, .nr = 1, .flags = GUEST_MEMFD_FLAG_INIT_SHARED,
+};
+
+static void check(struct split_test *t)
+{
+	gmem_check(t->check, t->fd, true);
+}
+
+static void convert_unchecked(struct split_test *t, u64 offset, u64 size, u64 attributes)
+{
+	u64 error;
+	int r = gmem_convert(t->fd, offset, size, attributes, &error);
+
+	TEST_ASSERT(!r, "0x%lx bytes at 0x%lx to 0x%lx: errno %d (%s) at 0x%lx",
+		    size, offset, attributes, errno, strerror(errno), error);
+}
+
+static void convert(struct split_test *t, u64 offset, u64 size, u64 attributes)
+{
+	convert_unchecked(t, offset, size, attributes);
+	check(t);
+}
+
+static u64 *word(struct split_test *t, u64 offset)
+{
+	return (u64 *)(t->mem + offset);
+}
+
+static void guest_write_all(struct split_test *t)
+{
+	gmem_guest_do(t->vcpu, GMEM_WRITE, GMEM_GPA, t->size, SZ_4K, PATTERN);
+}
+
+static void guest_check_all(struct split_test *t)
+{
+	gmem_guest_do(t->vcpu, GMEM_CHECK, GMEM_GPA, t->size, SZ_4K, PATTERN);
+}
+
+FIXTURE_SETUP(split)
+{
+	const char *reason = gmem_unavailable(variant->page_size);
+	struct split_test *t = &self->t;
+	struct kvm_vcpu *vcpus[2];
+
+	if (!kvm_check_cap(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES))
+		SKIP(return, "kvm.gmem_in_place_conversion is off");
+	if (reason)
+		SKIP(return, "%s", reason);
+
+	t->page_size = variant->page_size;
+	t->size = variant->nr * variant->page_size;
+	hugetlb_get(t->page_size, &t->counters);
+	t->vm = gmem_vm_create(2, vcpus);
+	t->vcpu = vcpus[0];
+	t->victim = vcpus[1];
+	t->fd = vm_create_guest_memfd(t->vm, t->size, gmem_flags(t->page_size) |
+				      GUEST_MEMFD_FLAG_MMAP | variant->flags);
+	vm_set_user_memory_region2(t->vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD, GMEM_GPA,
+				   t->size, NULL, t->fd, 0);
+	t->mem = kvm_mmap(t->size, PROT_READ | PROT_WRITE, MAP_SHARED, t->fd);
+	t->check = gmem_open_check(t->vm);
+}
+
+FIXTURE_TEARDOWN(split)
+{
+	struct split_test *t = &self->t;
+
+	kvm_close(t->check);
+	kvm_munmap(t->mem, t->size);
+	kvm_vm_free(t->vm);
+	kvm_close(t->fd);
+	hugetlb_expect_released(&t->counters, "after close");
+}
+
+TEST_F_TIMEOUT(split, pages_here_and_there, SLOW)
+{
+	struct split_test *t = &self->t;
+	const u64 offsets[] = {
+		0, SZ_4K, SZ_2M - SZ_4K, t->size / 2, t->size / 2 - SZ_4K,
+		t->size - SZ_2M, t->size - SZ_4K,
+	};
+	int i;
+
+	convert(t, 0, t->size, PRIVATE);
+	guest_write_all(t);
+	check(t);
+	for (i = 0; i < ARRAY_SIZE(offsets); i++) {
+		convert(t, offsets[i], SZ_4K, SHARED);
+		TEST_ASSERT_EQ(READ_ONCE(*word(t, offsets[i])), PATTERN + offsets[i]);
+		TEST_EXPECT_SIGBUS(READ_ONCE(*word(t, offsets[i] ^ SZ_4K)));
+		guest_check_all(t);
+		convert(t, offsets[i], SZ_4K, PRIVATE);
+		TEST_EXPECT_SIGBUS(READ_ONCE(*word(t, offsets[i])));
+		guest_check_all(t);
+	}
+}
+
+TEST_F_TIMEOUT(split, everything, SLOW)
+{
+	struct split_test *t = &self->t;
+	u64 i;
+
+	convert(t, 0, t->size, PRIVATE);
+	guest_write_all(t);
+	convert(t, 0, t->size, SHARED);
+	guest_check_all(t);
+	for (i = 0; i < t->size; i += SZ_4K)
+		TEST_ASSERT_EQ(READ_ONCE(*word(t, i)), PATTERN + i);
+	convert(t, 0, t->size, PRIVATE);
+	guest_check_all(t);
+}
+
+/* To look at all folios of 1 GiB after each step would take longer than the steps. */
+#define STEPS_PER_CHECK	32
+
+/* A page in each part. */
+static void convert_in_parts(struct split_test *t, u64 offset, u64 attributes)
+{
+	u64 i;
+
+	for (i = 0; i < t->size; i += SZ_2M) {
+		convert_unchecked(t, i + offset, SZ_4K, attributes);
+		if (t->page_size == SZ_2M || !(i / SZ_2M % STEPS_PER_CHECK))
+			check(t);
+		if (attributes == SHARED)
+			TEST_ASSERT_EQ(READ_ONCE(*word(t, i + offset)), PATTERN + i + offset);
+	}
+	check(t);
+}
+
+/* In one part after the other, then all at once. */
+TEST_F_TIMEOUT(split, each_part_in_turn, SLOW)
+{
+	struct split_test *t = &self->t;
+
+	convert(t, 0, t->size, PRIVATE);
+	guest_write_all(t);
+	convert_in_parts(t, SZ_8K, SHARED);
+	guest_check_all(t);
+	convert_in_parts(t, SZ_8K, PRIVATE);
+	guest_check_all(t);
+
+	convert_in_parts(t, 0, SHARED);
+	convert(t, 0, t->size, PRIVATE);
+	guest_check_all(t);
+}
+
+/* Convert a page at every @stride, in any order. */
+static void convert_comb(struct split_test *t, u64 offset, u64 stride, int nr, u64 attributes)
+{
+	int order[PAGES_PER_PART], i, j;
+
+	TEST_ASSERT(nr <= ARRAY_SIZE(order), "too many teeth");
+	for (i = 0; i < nr; i++) {
+		j = kvm_random_u32(&kvm_rng) % (i + 1);
+		order[i] = order[j];
+		order[j] = i;
+	}
+	for (i = 0; i < nr; i++) {
+		convert_unchecked(t, offset + order[i] * stride, SZ_4K, attributes);
+		if (!(i % STEPS_PER_CHECK))
+			check(t);
+	}
+	check(t);
+}
+
+static void share_and_merge_comb(struct split_test *t, u64 offset, u64 stride, int nr)
+{
+	u64 i;
+
+	convert_comb(t, offset, stride, nr, SHARED);
+	for (i = offset; i < offset + nr * stride; i += stride)
+		TEST_ASSERT_EQ(READ_ONCE(*word(t, i)), PATTERN + i);
+	guest_check_all(t);
+	convert_comb(t, offset, stride, nr, PRIVATE);
+	for (i = offset; i < offset + nr * stride; i += stride)
+		TEST_EXPECT_SIGBUS(READ_ONCE(*word(t, i)));
+	guest_check_all(t);
+}
+
+/* One page in each part, then each page of one part: the most folios with the least. */
+TEST_F_TIMEOUT(split, combs, SLOW)
+{
+	struct split_test *t = &self->t;
+
+	ksft_print_msg("seed 0x%x\n", kvm_random_seed);
+	convert(t, 0, t->size, PRIVATE);
+	guest_write_all(t);
+	share_and_merge_comb(t, 0, SZ_2M, t->size / SZ_2M);
+	share_and_merge_comb(t, t->size - SZ_2M, SZ_4K, PAGES_PER_PART);
+	share_and_merge_comb(t, t->size / 2 + SZ_4K, SZ_8K, PAGES_PER_PART / 2);
+}
+
+/* Ranges that begin and end anywhere, over more than one huge page. */
+TEST_F_TIMEOUT(split, ranges_of_any_alignment, SLOW)
+{
+	struct split_test *t = &self->t;
+	const u64 ends[] = {
+		0, SZ_4K, SZ_2M - SZ_4K, SZ_2M, SZ_2M + SZ_8K, t->size / 2,
+		t->size / 2 + SZ_4K, t->size - SZ_2M, t->size - SZ_4K, t->size,
+	};
+	int i, j;
+
+	convert(t, 0, t->size, PRIVATE);
+	guest_write_all(t);
+	for (i = 0; i < ARRAY_SIZE(ends); i++) {
+		for (j = 0; j < ARRAY_SIZE(ends); j++) {
+			if (ends[i] >= ends[j])
+				continue;
+			convert(t, ends[i], ends[j] - ends[i], SHARED);
+			TEST_ASSERT_EQ(READ_ONCE(*word(t, ends[i])), PATTERN + ends[i]);
+			convert(t, ends[i], ends[j] - ends[i], PRIVATE);
+		}
+	}
+	guest_check_all(t);
+}
+
+/* How the guest has memory mapped, beside what it runs on. */
+struct mappings {
+	long nr_1g, nr_2m, nr_4k;
+};
+
+static struct mappings get_mappings(struct split_test *t)
+{
+	return (struct mappings) {
+		.nr_1g = vm_get_stat(t->vm, pages_1g),
+		.nr_2m = vm_get_stat(t->vm, pages_2m),
+		.nr_4k = vm_get_stat(t->vm, pages_4k),
+	};
+}
+
+/* When it has touched everything. */
+static void expect_mappings(struct split_test *t, const struct mappings *before,
+			    struct mappings want, const char *what)
+{
+	struct mappings have;
+
+	guest_check_all(t);
+	have = get_mappings(t);
+	have.nr_1g -= before->nr_1g;
+	have.nr_2m -= before->nr_2m;
+	have.nr_4k -= before->nr_4k;
+	TEST_ASSERT(!memcmp(&have, &want, sizeof(have)),
+		    "%s: %ld of 1 GiB, %ld of 2 MiB, %ld of 4 KiB expected, got %ld, %ld, %ld",
+		    what, want.nr_1g, want.nr_2m, want.nr_4k, have.nr_1g, have.nr_2m,
+		    have.nr_4k);
+}
+
+/* The file is one page of 1 GiB, or some of 2 MiB. */
+static struct mappings largest(struct split_test *t)
+{
+	if (t->page_size == SZ_1G)
+		return (struct mappings) { .nr_1g = t->size / SZ_1G };
+
+	return (struct mappings) { .nr_2m = t->size / SZ_2M };
+}
+
+/* All of it but @parts, which are mapped page by page. */
+static struct mappings mixed(struct split_test *t, int parts)
+{
+	return (struct mappings) {
+		.nr_2m = t->size / SZ_2M - parts, .nr_4k = parts * PAGES_PER_PART,
+	};
+}
+
+TEST_F_TIMEOUT(split, guest_mappings, SLOW)
+{
+	const u64 page = self->t.size / 2, other = page + SZ_2M - SZ_4K;
+	struct mappings before = get_mappings(&self->t);
+	struct split_test *t = &self->t;
+
+	convert(t, 0, t->size, PRIVATE);
+	guest_write_all(t);
+	expect_mappings(t, &before, largest(t), "private");
+
+	convert(t, page, SZ_4K, SHARED);
+	expect_mappings(t, &before, mixed(t, 1), "one page shared");
+	/* The last page of the next part. */
+	convert(t, other + SZ_2M, SZ_4K, SHARED);
+	expect_mappings(t, &before, mixed(t, 2), "pages of two parts shared");
+	convert(t, page, SZ_4K, PRIVATE);
+	expect_mappings(t, &before, mixed(t, 1), "one of them private again");
+	convert(t, other + SZ_2M, SZ_4K, PRIVATE);
+	expect_mappings(t, &before, largest(t), "private again");
+
+	/* What is shared is 4 KiB for the host only. */
+	convert(t, page, SZ_2M, SHARED);
+	expect_mappings(t, &before, mixed(t, 0), "2 MiB shared");
+	convert(t, page, SZ_2M, PRIVATE);
+	expect_mappings(t, &before, largest(t), "2 MiB private again");
+	convert(t, 0, t->size, SHARED);
+	expect_mappings(t, &before, largest(t), "shared");
+	convert(t, other, SZ_8K, PRIVATE);
+	expect_mappings(t, &before, mixed(t, 2), "pages of two parts private");
+	convert(t, other, SZ_8K, SHARED);
+	expect_mappings(t, &before, largest(t), "shared again");
+	convert(t, 0, t->size, PRIVATE);
+	expect_mappings(t, &before, largest(t), "private at last");
+}
+
+/* Accesses of the host that were answered without a new fault. */
+static void expect_still_mapped(struct split_test *t, u64 offset, u64 size)
+{
+	struct rusage before, after;
+	u64 i;
+
+	for (i = offset; i < offset + size; i += SZ_4K)
+		TEST_ASSERT(gmem_host_pfn(word(t, i)), "0x%lx is not mapped any more", i);
+
+	TEST_ASSERT(!getrusage(RUSAGE_SELF, &before), "getrusage() failed");
+	for (i = offset; i < offset + size; i += SZ_4K)
+		TEST_ASSERT_EQ(READ_ONCE(*word(t, i)), PATTERN + i);
+	TEST_ASSERT(!getrusage(RUSAGE_SELF, &after), "getrusage() failed");
+	TEST_ASSERT_EQ(after.ru_minflt + after.ru_majflt,
+		       before.ru_minflt + before.ru_majflt);
+}
+
+/* Nobody has to fault in again what is not converted. */
+TEST_F_TIMEOUT(split, host_mappings_of_neighbors, SLOW)
+{
+	struct split_test *t = &self->t;
+	const u64 part = t->size / 2;
+	u64 i;
+
+	convert(t, 0, t->size, PRIVATE);
+	guest_write_all(t);
+	convert(t, part, SZ_2M, SHARED);
+	for (i = part; i < part + SZ_2M; i += SZ_4K)
+		READ_ONCE(*word(t, i));
+	expect_still_mapped(t, part, SZ_2M);
+
+	convert(t, part - SZ_4K, SZ_4K, SHARED);
+	expect_still_mapped(t, part, SZ_2M);
+	convert(t, part - SZ_4K, SZ_4K, PRIVATE);
+	expect_still_mapped(t, part, SZ_2M);
+	convert(t, part + SZ_2M, SZ_2M, SHARED);
+	expect_still_mapped(t, part, SZ_2M);
+	convert(t, part + SZ_2M, SZ_2M, PRIVATE);
+	expect_still_mapped(t, part, SZ_2M);
+
+	/* In the same part, and in what is left of it. */
+	convert(t, part + SZ_1M, SZ_4K, PRIVATE);
+	EXPECT_EQ(0, gmem_host_pfn(word(t, part + SZ_1M)));
+	expect_still_mapped(t, part, SZ_1M);
+	expect_still_mapped(t, part + SZ_1M + SZ_4K, SZ_1M - SZ_4K);
+	convert(t, part + SZ_1M, SZ_4K, SHARED);
+	expect_still_mapped(t, part, SZ_1M);
+	expect_still_mapped(t, part + SZ_1M + SZ_4K, SZ_1M - SZ_4K);
+}
+
+/* What is mixed when it is allocated. */
+TEST_F_TIMEOUT(split, allocated_in_pieces, SLOW)
+{
+	struct split_test *t = &self->t;
+
+	convert(t, 0, t->size, PRIVATE);
+	convert(t, SZ_4K, SZ_8K, SHARED);
+	convert(t, t->size - SZ_4K, SZ_4K, SHARED);
+	TEST_ASSERT_EQ(READ_ONCE(*word(t, SZ_4K)), 0);
+	check(t);
+	gmem_guest_do(t->vcpu, GMEM_CHECK_ZERO, GMEM_GPA, t->size, SZ_4K, 0);
+	check(t);
+	guest_write_all(t);
+	convert(t, 0, t->size, PRIVATE);
+	guest_check_all(t);
+}
+
+TEST_F_TIMEOUT(split, pinned_pages, SLOW)
+{
+	struct split_test *t = &self->t;
+	u64 error;
+	int fds[2];
+
+	TEST_ASSERT(!pipe(fds), "pipe() failed");
+	convert(t, 0, t->size, PRIVATE);
+	guest_write_all(t);
+	convert(t, SZ_4K, SZ_8K, SHARED);
+	gmem_pin(fds[1], word(t, SZ_4K));
+
+	/* Others are not in the way. */
+	convert(t, SZ_8K, SZ_4K, PRIVATE);
+	convert(t, SZ_2M, SZ_1M, SHARED);
+	convert(t, SZ_2M, SZ_1M, PRIVATE);
+	EXPECT_EQ(-1, gmem_convert(t->fd, 0, t->size, PRIVATE, &error));
+	EXPECT_EQ(EAGAIN, errno);
+	EXPECT_EQ(SZ_4K, error);
+	check(t);
+	TEST_ASSERT_EQ(READ_ONCE(*word(t, SZ_4K)), PATTERN + SZ_4K);
+
+	kvm_close(fds[0]);
+	kvm_close(fds[1]);
+	convert(t, 0, t->size, PRIVATE);
+	guest_check_all(t);
+}
+
+/* Pages of three parts are shared, and each of them is what it was. */
+static void expect_shared_in_parts(struct split_test *t, const u64 *offsets, int nr)
+{
+	int i;
+
+	check(t);
+	for (i = 0; i < nr; i++) {
+		TEST_ASSERT_EQ(READ_ONCE(*word(t, offsets[i])), PATTERN + offsets[i]);
+		TEST_EXPECT_SIGBUS(READ_ONCE(*word(t, offsets[i] ^ SZ_4K)));
+	}
+	guest_check_all(t);
+}
+
+/* All parts, or huge pages, become private, or none of them does. */
+TEST_F_TIMEOUT(split, pin_in_one_of_three_parts, SLOW)
+{
+	const u64 pages[] = { SZ_4K, SZ_2M + SZ_1M, 3 * SZ_2M - SZ_4K };
+	const u64 starts[] = { 0, SZ_4K }, ends[] = { 3 * SZ_2M, self->t.size };
+	struct split_test *t = &self->t;
+	int i, j, k, fds[2];
+	u64 error;
+
+	convert(t, 0, t->size, PRIVATE);
+	guest_write_all(t);
+	for (i = 0; i < ARRAY_SIZE(pages); i++)
+		convert(t, pages[i], SZ_4K, SHARED);
+
+	for (i = 0; i < ARRAY_SIZE(pages); i++) {
+		TEST_ASSERT(!pipe(fds), "pipe() failed");
+		gmem_pin(fds[1], word(t, pages[i]));
+		for (j = 0; j < ARRAY_SIZE(starts); j++) {
+			for (k = 0; k < ARRAY_SIZE(ends); k++) {
+				EXPECT_EQ(-1, gmem_convert(t->fd, starts[j],
+							   ends[k] - starts[j],
+							   PRIVATE, &error));
+				EXPECT_EQ(EAGAIN, errno);
+				EXPECT_EQ(pages[i], error);
+			}
+		}
+		expect_shared_in_parts(t, pages, ARRAY_SIZE(pages));
+		kvm_close(fds[0]);
+		kvm_close(fds[1]);
+	}
+
+	convert(t, SZ_4K, 3 * SZ_2M - SZ_4K, PRIVATE);
+	for (i = 0; i < ARRAY_SIZE(pages); i++)
+		TEST_EXPECT_SIGBUS(READ_ONCE(*word(t, pages[i])));
+	guest_check_all(t);
+}
+
+/* A hole in the file, and memory that is still in use. */
+TEST_F_TIMEOUT(split, punched_while_pinned, SLOW)
+{
+	struct split_test *t = &self->t;
+	struct hugetlb_counters before;
+	u64 value;
+	int fds[2];
+
+	TEST_ASSERT(!pipe(fds), "pipe() failed");
+	convert(t, 0, t->size, PRIVATE);
+	hugetlb_get(t->page_size, &before);
+	guest_write_all(t);
+	convert(t, SZ_4K, SZ_8K, SHARED);
+	gmem_pin(fds[1], word(t, SZ_4K));
+	kvm_fallocate(t->fd, PUNCH_HOLE, 0, t->size);
+	check(t);
+	hugetlb_expect(&before, -1, -1, "while one page is in use");
+	TEST_ASSERT_EQ(read(fds[0], &value, sizeof(value)), sizeof(value));
+	TEST_ASSERT_EQ(value, PATTERN + SZ_4K);
+	hugetlb_expect_released(&before, "after it is not in use any more");
+	gmem_guest_do(t->vcpu, GMEM_CHECK_ZERO, GMEM_GPA, t->size, SZ_4K, 0);
+	check(t);
+	kvm_close(fds[0]);
+	kvm_close(fds[1]);
+}
+
+/* The file and the VM are gone. */
+TEST_F_TIMEOUT(split, closed_while_pinned, SLOW)
+{
+	struct split_test *t = &self->t;
+	struct hugetlb_counters before;
+	struct split_test other = {};
+	int fds[2];
+
+	hugetlb_get(t->page_size, &before);
+	if (t->page_size == SZ_1G && hugetlb_available(SZ_1G) < 1)
+		SKIP(return, "needs two pages of 1 GiB");
+
+	TEST_ASSERT(!pipe(fds), "pipe() failed");
+	other.vm = gmem_vm_create(1, &other.vcpu);
+	other.fd = vm_create_guest_memfd(other.vm, t->page_size, gmem_flags(t->page_size) |
+					 GUEST_MEMFD_FLAG_MMAP);
+	other.mem = kvm_mmap(t->page_size, PROT_READ | PROT_WRITE, MAP_SHARED, other.fd);
+	TEST_ASSERT(!gmem_convert(other.fd, SZ_4K, SZ_4K, SHARED, NULL), "no conversion");
+	*(u64 *)(other.mem + SZ_4K) = 1;
+	gmem_pin(fds[1], other.mem + SZ_4K);
+	kvm_munmap(other.mem, t->page_size);
+	kvm_vm_free(other.vm);
+	kvm_close(other.fd);
+	hugetlb_expect(&before, -1, 0, "while one page is in use");
+	kvm_close(fds[0]);
+	kvm_close(fds[1]);
+	hugetlb_expect_released(&before, "after it is not in use any more");
+}
+
+/* The guest's mapping goes a moment later than memory_failure() returns. */
+static int victim_reads_until_error(struct split_test *t, u64 offset)
+{
+	int i, r;
+
+	for (i = 0; i < 1000; i++) {
+		r = __gmem_guest_do(t->victim, GMEM_READ, GMEM_GPA + offset, 8, 8, 0);
+		if (r)
+			return r;
+		usleep(10 * 1000);
+	}
+	return 0;
+}
+
+/* A page with an error: nobody else's, and the huge page is not used again. */
+TEST_F_TIMEOUT(split, memory_error, SLOW)
+{
+	struct split_test *t = &self->t;
+	u64 pfn;
+	int i;
+
+	if (!gmem_can_poison())
+		SKIP(return, "needs CONFIG_HWPOISON_INJECT and debugfs");
+
+	convert(t, 0, t->size, PRIVATE);
+	guest_write_all(t);
+	convert(t, SZ_4K, SZ_8K, SHARED);
+	*word(t, SZ_8K) = PATTERN + SZ_8K;
+	pfn = gmem_host_pfn(word(t, SZ_8K));
+	ASSERT_NE(0, pfn);
+	ASSERT_EQ(0, gmem_poison(pfn));
+	EXPECT_EQ(-EHWPOISON, victim_reads_until_error(t, SZ_8K));
+	for (i = 0; i < 4; i++) {
+		TEST_EXPECT_SIGBUS(READ_ONCE(*word(t, SZ_8K)));
+		TEST_EXPECT_SIGBUS(READ_ONCE(*word(t, 0)));
+		gmem_guest_do(t->vcpu, GMEM_CHECK, GMEM_GPA, SZ_8K, SZ_4K, PATTERN);
+		gmem_guest_do(t->vcpu, GMEM_CHECK, GMEM_GPA + SZ_8K + SZ_4K,
+			      t->size - SZ_8K - SZ_4K, SZ_4K, PATTERN + SZ_8K + SZ_4K);
+		EXPECT_EQ(0, gmem_convert(t->fd, SZ_4K, SZ_8K, i & 1 ? SHARED : PRIVATE,
+					  NULL));
+	}
+	kvm_fallocate(t->fd, PUNCH_HOLE, 0, t->page_size);
+	/* Of the whole page, as it is now. */
+	ASSERT_EQ(0, gmem_unpoison(pfn & ~(t->page_size / SZ_4K - 1)));
+}
+
+int main(int argc, char *argv[])
+{
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM));
+
+	gmem_prepare_pools();
+	return test_harness_run(argc, argv);
+}
