@@ -3,10 +3,10 @@
  * Counts what guest_memfd costs: run under a clock that counts instructions, so
  * that a nanosecond is one.  Prints "name value" lines for scripts/bench.
  *
- * usage: bench base | huge | convert | convert-two-backings
+ * usage: bench base | huge | convert | convert-two-backings | split
  *
- * "base" and "convert-two-backings" run on any kernel, "convert" where conversion
- * in place is on.
+ * "base" and "convert-two-backings" run on any kernel, "convert" and "split" where
+ * conversion in place is on.
  */
 #include <sys/mman.h>
 
@@ -168,13 +168,20 @@ static void bench_range(struct backings *b, const char *which, u64 start, u64 si
 	bench_use(b, which, "_mapped", start, size, stride, nr, touch_shared);
 }
 
+static void free_backings(struct backings *b)
+{
+	kvm_munmap(b->mem, CONVERT_SIZE);
+	demo_vm_free(&b->d);
+	if (b->shmem_fd >= 0)
+		close(b->shmem_fd);
+}
+
 static void bench_conversions(struct backings *b)
 {
 	bench_range(b, "4k", SZ_2M, SZ_4K, 2 * SZ_4K, 256);
 	bench_range(b, "2m", 16 * SZ_1M, SZ_2M, SZ_2M, 1);
 	bench_range(b, "1g", 0, CONVERT_SIZE, CONVERT_SIZE, 1);
-	kvm_munmap(b->mem, CONVERT_SIZE);
-	demo_vm_free(&b->d);
+	free_backings(b);
 }
 
 /* One page of a file of @size with @nr ranges, not allocated: the tree alone. */
@@ -199,15 +206,23 @@ static void bench_tree(struct kvm_vm *vm, const char *name, u64 size, long nr)
 	close(b.d.fd);
 }
 
+/* A VM all of whose memory is in one file, private. */
+static void create_in_place(struct backings *b, size_t page_size)
+{
+	b->shmem_fd = -1;
+	b->d.vm = gmem_vm_create(1, &b->d.vcpu);
+	b->d.fd = vm_create_guest_memfd(b->d.vm, CONVERT_SIZE, gmem_flags(page_size) |
+					GUEST_MEMFD_FLAG_MMAP);
+	vm_set_user_memory_region2(b->d.vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD, GMEM_GPA,
+				   CONVERT_SIZE, NULL, b->d.fd, 0);
+	b->mem = kvm_mmap(CONVERT_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, b->d.fd);
+}
+
 static void bench_convert(void)
 {
-	struct backings b = { .shmem_fd = -1 };
+	struct backings b;
 
-	b.d.vm = gmem_vm_create(1, &b.d.vcpu);
-	b.d.fd = vm_create_guest_memfd(b.d.vm, CONVERT_SIZE, GUEST_MEMFD_FLAG_MMAP);
-	vm_set_user_memory_region2(b.d.vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD, GMEM_GPA,
-				   CONVERT_SIZE, NULL, b.d.fd, 0);
-	b.mem = kvm_mmap(CONVERT_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, b.d.fd);
+	create_in_place(&b, SZ_4K);
 	bench_conversions(&b);
 
 	/* The largest tree comes last: it is freed later, and nothing shall pay for that. */
@@ -233,7 +248,63 @@ static void bench_convert_two_backings(void)
 				   CONVERT_SIZE, b.mem, b.d.fd, 0);
 	vm_mem_set_private(b.d.vm, GMEM_GPA, CONVERT_SIZE);
 	bench_conversions(&b);
-	close(b.shmem_fd);
+}
+
+/* The first 4 KiB of a 1 GiB page that become shared, and the last that cease to be. */
+static void bench_first(struct backings *b)
+{
+	const u64 offset = CONVERT_SIZE / 2;
+	long before = memmap();
+	long long start;
+
+	gmem_guest_do(b->d.vcpu, GMEM_WRITE, GMEM_GPA, 8, 8, 1);
+	start = now_ns();
+	to_shared(b, offset, SZ_4K);
+	print("split", now_ns() - start);
+	print("split_memmap_kib", (memmap() - before) * (SZ_4K / SZ_1K));
+
+	start = now_ns();
+	to_private(b, offset, SZ_4K);
+	print("merge", now_ns() - start);
+	print("merge_memmap_kib", (memmap() - before) * (SZ_4K / SZ_1K));
+}
+
+/* Down to 4 KiB in every part: one page of each 2 MiB becomes shared. */
+static void bench_comb(struct backings *b)
+{
+	long long start = now_ns();
+	u64 i;
+
+	for (i = 0; i < CONVERT_SIZE; i += SZ_2M)
+		to_shared(b, i, SZ_4K);
+	print("comb", now_ns() - start);
+	to_private(b, 0, CONVERT_SIZE);
+}
+
+/* Every other page of some 2 MiB, in each of which one of the others remains shared. */
+static void bench_pages(struct backings *b, const char *which)
+{
+	const int nr = 16;
+	int i;
+
+	for (i = 1; i <= nr; i++)
+		to_shared(b, i * SZ_2M + SZ_4K, SZ_4K);
+	bench_range(b, which, SZ_2M, SZ_4K, 2 * SZ_4K, nr * 256);
+}
+
+static void bench_split(void)
+{
+	struct backings b;
+
+	create_in_place(&b, SZ_1G);
+	bench_first(&b);
+	bench_comb(&b);
+	bench_pages(&b, "split");
+	free_backings(&b);
+
+	create_in_place(&b, SZ_4K);
+	bench_pages(&b, "unsplit");
+	free_backings(&b);
 }
 
 int main(int argc, char *argv[])
@@ -246,6 +317,8 @@ int main(int argc, char *argv[])
 		bench_convert_two_backings();
 	else if (argc == 2 && !strcmp(argv[1], "huge"))
 		bench_huge();
+	else if (argc == 2 && !strcmp(argv[1], "split"))
+		bench_split();
 	else
 		return 2;
 	return 0;

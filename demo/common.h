@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
  * A VM of the KVM selftests' library with private memory in one guest_memfd
- * file, for the demo and the benchmark.
+ * file, and what the kernel says of it, for the demo and the benchmark.
  */
 #ifndef DEMO_COMMON_H
 #define DEMO_COMMON_H
@@ -43,6 +43,30 @@ static inline void demo_vm_free(struct demo_vm *d)
 {
 	close(d->fd);
 	kvm_vm_free(d->vm);
+}
+
+/* The value of a line "name value" or "name: value" of a file. */
+static inline long value_of(const char *path, const char *key)
+{
+	size_t len = strlen(key);
+	char line[256];
+	long value = -1;
+	FILE *f = fopen(path, "r");
+
+	TEST_ASSERT(f, "Can't open %s", path);
+	while (value < 0 && fgets(line, sizeof(line), f))
+		if (!strncmp(line, key, len) && (line[len] == ' ' || line[len] == ':'))
+			value = strtol(line + len + 1, NULL, 10);
+	fclose(f);
+	TEST_ASSERT(value >= 0, "There is no %s in %s", key, path);
+	return value;
+}
+
+/* Pages of 4 KiB that hold struct pages. */
+static inline long memmap(void)
+{
+	return value_of("/proc/vmstat", "nr_memmap_pages") +
+	       value_of("/proc/vmstat", "nr_memmap_boot_pages");
 }
 
 #endif /* DEMO_COMMON_H */

@@ -21,23 +21,6 @@ static void check(bool ok, const char *what)
 	}
 }
 
-/* The value of a line "name value" or "name: value" of a file. */
-static long value_of(const char *path, const char *key)
-{
-	size_t len = strlen(key);
-	char line[256];
-	long value = -1;
-	FILE *f = fopen(path, "r");
-
-	TEST_ASSERT(f, "Can't open %s", path);
-	while (value < 0 && fgets(line, sizeof(line), f))
-		if (!strncmp(line, key, len) && (line[len] == ' ' || line[len] == ':'))
-			value = strtol(line + len + 1, NULL, 10);
-	fclose(f);
-	TEST_ASSERT(value >= 0, "There is no %s in %s", key, path);
-	return value;
-}
-
 /* KiB of page tables that translate for guests. */
 static long guest_tables(void)
 {
@@ -48,13 +31,6 @@ static long guest_tables(void)
 	fgetc(f);
 	fclose(f);
 	return value_of("/proc/meminfo", "SecPageTables");
-}
-
-/* Pages of 4 KiB that hold struct pages. */
-static long memmap(void)
-{
-	return value_of("/proc/vmstat", "nr_memmap_pages") +
-	       value_of("/proc/vmstat", "nr_memmap_boot_pages");
 }
 
 /*
