@@ -508,6 +508,23 @@ TEST_F_TIMEOUT(race, lookups_by_others, SLOW)
 	run_race(&self->r, true, true, look);
 }
 
+/* What is in the page cache in place of folios does not belong there to others. */
+static void *look_away(void *arg)
+{
+	struct race *r = arg;
+
+	while (!READ_ONCE(r->stop)) {
+		write_number("/proc/sys/vm/drop_caches", 1);
+		r->other_rounds++;
+	}
+	return NULL;
+}
+
+TEST_F_TIMEOUT(race, caches_are_dropped, SLOW)
+{
+	run_race(&self->r, true, true, look_away);
+}
+
 /*
  * A conversion that takes longer than it would wait for a page meets with many of these
  * references, and none of them is a reason to refuse it.  There is one thread only:
