@@ -508,23 +508,6 @@ TEST_F_TIMEOUT(race, lookups_by_others, SLOW)
 	run_race(&self->r, true, true, look);
 }
 
-/* What is in the page cache in place of folios does not belong there to others. */
-static void *look_away(void *arg)
-{
-	struct race *r = arg;
-
-	while (!READ_ONCE(r->stop)) {
-		write_number("/proc/sys/vm/drop_caches", 1);
-		r->other_rounds++;
-	}
-	return NULL;
-}
-
-TEST_F_TIMEOUT(race, caches_are_dropped, SLOW)
-{
-	run_race(&self->r, true, true, look_away);
-}
-
 /*
  * A conversion that takes longer than it would wait for a page meets with many of these
  * references, and none of them is a reason to refuse it.  There is one thread only:
@@ -542,6 +525,9 @@ static void *look_at_large(void *arg)
 
 	while (!READ_ONCE(r->stop)) {
 		TEST_ASSERT(!mincore(r->mem, large_size(), vec), "mincore() failed");
+		/* What is in place of folios does not go with others' value entries. */
+		TEST_ASSERT(!posix_fadvise(r->fd, 0, 0, POSIX_FADV_DONTNEED),
+			    "posix_fadvise() failed");
 		r->other_rounds++;
 	}
 	return NULL;

@@ -40,6 +40,7 @@ FIXTURE(steal)
 {
 	struct server s;
 	struct kvm_vm *vm;
+	struct kvm_vcpu *vcpu;
 	int fd;
 	char *mem;
 	struct hugetlb_counters counters;
@@ -145,7 +146,6 @@ static void *serve(void *arg)
 FIXTURE_SETUP(steal)
 {
 	const char *reason = gmem_unavailable(SZ_2M);
-	struct kvm_vcpu *vcpu;
 
 	if (reason)
 		SKIP(return, "%s", reason);
@@ -158,11 +158,13 @@ FIXTURE_SETUP(steal)
 	TEST_ASSERT(mkdtemp(self->s.dir), "mkdtemp() failed: errno %d", errno);
 	TEST_ASSERT(!pipe(self->s.pipe), "pipe() failed");
 	hugetlb_get(SZ_2M, &self->counters);
-	self->vm = gmem_vm_create_type(KVM_X86_SW_PROTECTED_VM, 1, &vcpu);
+	self->vm = gmem_vm_create(1, &self->vcpu);
 	self->fd = vm_create_guest_memfd(self->vm, SZ_2M, gmem_flags(SZ_2M) |
 					 GUEST_MEMFD_FLAG_MMAP |
 					 GUEST_MEMFD_FLAG_INIT_SHARED);
 	self->mem = kvm_mmap(SZ_2M, PROT_READ | PROT_WRITE, MAP_SHARED, self->fd);
+	vm_set_user_memory_region2(self->vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD, GMEM_GPA,
+				   SZ_2M, NULL, self->fd, 0);
 }
 
 FIXTURE_TEARDOWN(steal)
@@ -192,8 +194,8 @@ TEST_F(steal, page_cache_keeps_no_piece_of_a_huge_page)
 		    errno);
 	kvm_pthread_create(&thread, NULL, serve, s);
 
-	/* The last to use the page is the pipe. */
-	*(u64 *)(self->mem + SZ_4K) = PATTERN;
+	/* The last to use the page is the pipe.  A dirty page would be refused for that. */
+	gmem_guest_do(self->vcpu, GMEM_WRITE, GMEM_GPA + SZ_4K, 8, 8, PATTERN);
 	TEST_ASSERT(vmsplice(s->pipe[1], &iov, 1, SPLICE_F_GIFT) == SZ_4K,
 		    "vmsplice() failed: errno %d", errno);
 	kvm_fallocate(self->fd, PUNCH_HOLE, 0, SZ_2M);
