@@ -158,9 +158,11 @@ static void guestmem_hugepage_free_work(struct work_struct *work)
 	if (hp->optimized)
 		synchronize_rcu_expedited();
 	folio = guestmem_hugepage_merge(hp);
+
+	/* Who finds the page in the pool does not find it among those that wait. */
+	atomic_long_dec(&guestmem_nr_waiting[hstate_index(h)]);
 	folio_ref_unfreeze(folio, 1);
 	folio_put(folio);
-	atomic_long_dec(&guestmem_nr_waiting[hstate_index(h)]);
 }
 
 static struct guestmem_hugepage *guestmem_hugepage_alloc(struct folio *folio,

@@ -525,9 +525,6 @@ static void *look_at_large(void *arg)
 
 	while (!READ_ONCE(r->stop)) {
 		TEST_ASSERT(!mincore(r->mem, large_size(), vec), "mincore() failed");
-		/* What is in place of folios does not go with others' value entries. */
-		TEST_ASSERT(!posix_fadvise(r->fd, 0, 0, POSIX_FADV_DONTNEED),
-			    "posix_fadvise() failed");
 		r->other_rounds++;
 	}
 	return NULL;
