@@ -12,10 +12,11 @@ S := ./scripts
 on = $(filter-out 0,$(1))
 run-options = $(if $(call on,$(BASE)),--base) $(if $(call on,$(DEBUG)),--debug) \
 	$(if $(call on,$(ICOUNT)),--icount) $(OPTIONS)
-# Of test, test-debug: FILTER=glob, REMEMBER=1 leaves out what has passed before, and
-# QUICK=1 what is slow.
+# Of test, test-debug: FILTER=glob, REMEMBER=1 leaves out what has passed before, QUICK=1
+# what is slow, SLOW=1 all else; UNTIL=seconds begins no test after that time.
 test-options = $(if $(FILTER),--filter '$(FILTER)') $(if $(call on,$(REMEMBER)),--remember) \
-	$(if $(call on,$(QUICK)),--quick)
+	$(if $(call on,$(QUICK)),--quick) $(if $(call on,$(SLOW)),--slow) \
+	$(if $(UNTIL),--until '$(UNTIL)')
 # LINUX= and KERNEL_TARBALL= go to scripts/fetch through the environment.
 export LINUX KERNEL_TARBALL JOBS GMEM_CACHE
 
