@@ -69,9 +69,12 @@ git-am-check: fetch ## apply the patches as a distribution does: git am, quilt p
 	@$S/git-am-check
 
 ##@ Test more
-.PHONY: test-debug bench baseline
+.PHONY: test-debug test-modules bench baseline
 test-debug: kernel-debug ## run all tests on the debug kernel (FILTER=glob for some)
 	@$S/test --debug $(test-options)
+test-modules: keep-tree ## with KVM in modules: unload them while guest memory is in use
+	@$S/kernel --modules >/dev/null
+	@$S/test --modules $(test-options)
 bench: kernel ## count the instructions that the work costs, against the base
 	@$S/bench
 baseline: keep-tree ## run the existing tests on the unpatched base, write tests/baseline

@@ -575,6 +575,13 @@ static void report_timeout(void)
 	verdict("timeout %u", job.timeout);
 }
 
+/* The parameters of modules are on the kernel's command line. */
+static void load_modules(void)
+{
+	if (!access("/lib/modules", F_OK) && system("modprobe kvm_amd"))
+		die("modprobe kvm_amd");
+}
+
 static void run_command(void)
 {
 	long long end = now_ms() + job.timeout * 1000LL;
@@ -632,6 +639,7 @@ int main(void)
 	uname(&uts);
 	verdict("begin %s %s", uts.release, uts.version);
 
+	load_modules();
 	if (job.check)
 		take_snapshot(&before);
 	run_command();

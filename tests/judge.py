@@ -181,7 +181,7 @@ class Judge(unittest.TestCase):
 
     def test_memory(self):
         line = "name tap series 10 --file kvm/helper=/bin/x -- kvm/x -n 1"
-        args = types.SimpleNamespace(base=False, debug=False)
+        args = types.SimpleNamespace(base=False, debug=False, modules=False)
         read = []
 
         def name(changed=None, line=line, args=args):
@@ -198,7 +198,8 @@ class Judge(unittest.TestCase):
         for path in files:
             self.assertNotEqual(before, name(path), path)
         self.assertNotEqual(before, name(line=line.replace("-n 1", "-n 2")))
-        self.assertNotEqual(before, name(args=types.SimpleNamespace(base=False, debug=True)))
+        self.assertNotEqual(before, name(
+            args=types.SimpleNamespace(base=False, debug=True, modules=False)))
         self.assertIsNone(name(line=line.replace("name", "some_race_test")))
 
     def test_what_has_failed_is_not_remembered(self):

@@ -613,21 +613,6 @@ TEST_F_TIMEOUT(convert, attributes_are_charged, SLOW)
  * A page with an error: lost to all, and in nobody's way.
  */
 
-/* The guest's mapping goes a moment later than memory_failure() returns. */
-static int victim_reads_until_error(struct convert_test *self, int page)
-{
-	int i, r;
-
-	for (i = 0; i < 1000; i++) {
-		r = __gmem_guest_do(self->victim, GMEM_READ, page_gpa(self, page),
-				    8, 8, 0);
-		if (r)
-			return r;
-		usleep(10 * 1000);
-	}
-	return 0;
-}
-
 static void stop_checking_folios(struct convert_test *self)
 {
 	if (self->check >= 0)
@@ -659,7 +644,7 @@ TEST_F_TIMEOUT(convert, memory_error, SLOW)
 	/* What has an error is not put together. */
 	stop_checking_folios(&self->t);
 
-	EXPECT_EQ(-EHWPOISON, victim_reads_until_error(&self->t, 1));
+	EXPECT_EQ(-EHWPOISON, gmem_read_until_error(self->t.victim, page_gpa(&self->t, 1)));
 	/* Its neighbours stay mapped, or are again, but for 2 MiB that have it in them. */
 	faults = vcpu_get_stat(self->t.vcpu, pf_taken);
 	for (i = 0; i < NR_PAGES; i++) {

@@ -740,71 +740,101 @@ FIXTURE_TEARDOWN(split_nth)
 	hugetlb_expect_released(&t->before, "after close");
 }
 
-static int split_step(struct nth_test *t, const struct _fixture_variant_split_nth *v)
+static int convert_step(struct nth_test *t, const struct _fixture_variant_split_nth *v,
+			u64 attributes)
 {
 	u64 error;
-	int r;
+	int r = gmem_convert(t->fd, v->offset, v->size, attributes, &error);
 
-	if (v->allocate)
-		return fallocate(t->fd, FALLOC_FL_KEEP_SIZE, v->offset, v->size);
-
-	r = gmem_convert(t->fd, v->offset, v->size, 0, &error);
 	if (r && errno == ENOMEM)
 		TEST_ASSERT_EQ(error, v->offset);
 	return r;
 }
 
-static void split_undo(struct nth_test *t, const struct _fixture_variant_split_nth *v)
+static int split_step(struct nth_test *t, const struct _fixture_variant_split_nth *v)
 {
 	if (v->allocate)
-		kvm_fallocate(t->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, v->offset,
-			      v->size);
-	else
-		TEST_ASSERT(!gmem_convert(t->fd, v->offset, v->size,
-					  KVM_MEMORY_ATTRIBUTE_PRIVATE, NULL),
-			    "Can't convert back: errno %d", errno);
+		return fallocate(t->fd, FALLOC_FL_KEEP_SIZE, v->offset, v->size);
+	return convert_step(t, v, 0);
 }
 
-TEST_F_TIMEOUT(split_nth, split, SLOW)
+static int merge_step(struct nth_test *t, const struct _fixture_variant_split_nth *v)
 {
-	const u64 size = variant->nr * variant->page_size;
-	struct nth_test *t = &self->t;
+	if (v->allocate)
+		return fallocate(t->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, v->offset,
+				 v->size);
+	return convert_step(t, v, KVM_MEMORY_ATTRIBUTE_PRIVATE);
+}
+
+typedef int (*step_fn)(struct nth_test *t, const struct _fixture_variant_split_nth *v);
+
+/* Have each allocation of @step fail, and see that it can be done then, and undone. */
+static void sweep_steps(struct nth_test *t, int check,
+			const struct _fixture_variant_split_nth *v, step_fn step,
+			step_fn undo)
+{
 	bool injected = true;
 	int nth, r, err;
-
-	if (!variant->allocate)
-		gmem_guest_do(t->vcpu, GMEM_WRITE, GMEM_GPA, size, SZ_4K, PATTERN);
-	if (variant->shared != -1)
-		TEST_ASSERT(!gmem_convert(t->fd, variant->shared, SZ_4K, 0, NULL),
-			    "Can't convert: errno %d", errno);
 
 	for (nth = 1; injected; nth++) {
 		TEST_ASSERT(nth < 10 * MAX_NTH, "There is no end of allocations");
 		start_nth(t, nth);
-		r = split_step(t, variant);
+		r = step(t, v);
 		err = errno;
 		injected = stop_nth(t);
 
 		t->injected += injected;
-		gmem_check(self->check, t->fd, true);
+		gmem_check(check, t->fd, true);
 		if (r) {
 			t->failed++;
 			TEST_ASSERT(injected && (err == ENOMEM || err == EFAULT),
 				    "Failure %d: unexpected errno %d (%s)", nth, err,
 				    strerror(err));
-			r = split_step(t, variant);
-			TEST_ASSERT(!r, "Second try after failure %d: errno %d (%s)", nth,
-				    errno, strerror(errno));
-			gmem_check(self->check, t->fd, true);
+			TEST_ASSERT(!step(t, v), "Second try after failure %d: errno %d (%s)",
+				    nth, errno, strerror(errno));
+			gmem_check(check, t->fd, true);
 		}
-		split_undo(t, variant);
-		gmem_check(self->check, t->fd, true);
+		TEST_ASSERT(!undo(t, v), "Can't undo: errno %d (%s)", errno, strerror(errno));
+		gmem_check(check, t->fd, true);
 	}
-	if (!variant->allocate)
-		gmem_guest_do(t->vcpu, GMEM_CHECK, GMEM_GPA, size, SZ_4K, PATTERN);
 	ksft_print_msg("%ld failures injected, %ld reached the caller\n", t->injected,
 		       t->failed);
-	EXPECT_LT(0, t->failed);
+}
+
+/* What is going to be split, or allocated as pieces. */
+static void prepare_split(struct nth_test *t, const struct _fixture_variant_split_nth *v)
+{
+	if (!v->allocate)
+		gmem_guest_do(t->vcpu, GMEM_WRITE, GMEM_GPA, v->nr * v->page_size, SZ_4K,
+			      PATTERN);
+	if (v->shared != -1)
+		TEST_ASSERT(!gmem_convert(t->fd, v->shared, SZ_4K, 0, NULL),
+			    "Can't convert: errno %d", errno);
+}
+
+static void check_memory(struct nth_test *t, const struct _fixture_variant_split_nth *v)
+{
+	if (!v->allocate)
+		gmem_guest_do(t->vcpu, GMEM_CHECK, GMEM_GPA, v->nr * v->page_size, SZ_4K,
+			      PATTERN);
+}
+
+TEST_F_TIMEOUT(split_nth, split, SLOW)
+{
+	prepare_split(&self->t, variant);
+	sweep_steps(&self->t, self->check, variant, split_step, merge_step);
+	check_memory(&self->t, variant);
+	EXPECT_LT(0, self->t.failed);
+}
+
+/* The attributes may need memory for that, but not the folios. */
+TEST_F_TIMEOUT(split_nth, merge, SLOW)
+{
+	prepare_split(&self->t, variant);
+	TEST_ASSERT(!split_step(&self->t, variant), "Can't split: errno %d", errno);
+	sweep_steps(&self->t, self->check, variant, merge_step, split_step);
+	TEST_ASSERT(!merge_step(&self->t, variant), "Can't merge: errno %d", errno);
+	check_memory(&self->t, variant);
 }
 
 int main(int argc, char *argv[])

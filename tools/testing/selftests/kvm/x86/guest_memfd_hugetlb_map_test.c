@@ -521,13 +521,13 @@ static void set_shared(struct map_test *self, u64 offset, u64 size, bool shared)
  */
 static void expect_level(struct map_test *self, u64 offset, int level)
 {
-	char cmd[48], path[128];
-	int fd, len;
+	const u64 gfn = (GMEM_GPA + offset) / SZ_4K;
+	int fd = gmem_open_debugfs(self->vm, "gmem_level");
+	char cmd[48];
+	int len;
 
-	snprintf(path, sizeof(path), "/sys/kernel/debug/kvm/%d-%d/gmem_level", getpid(),
-		 self->vm->fd);
-	fd = open_path_or_exit(path, O_WRONLY);
-	len = snprintf(cmd, sizeof(cmd), "%lu %u", (GMEM_GPA + offset) / SZ_4K, level + 1);
+	TEST_ASSERT(fd >= 0, "no gmem_level in debugfs: errno %d", errno);
+	len = snprintf(cmd, sizeof(cmd), "%lu %u", gfn, level + 1);
 	TEST_ASSERT(write(fd, cmd, len) == len, "0x%lx: not of level %d, errno %d (%s)",
 		    offset, level, errno, strerror(errno));
 	kvm_close(fd);

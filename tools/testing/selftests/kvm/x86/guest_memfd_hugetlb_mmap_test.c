@@ -94,19 +94,9 @@ static u64 pmd_mapped(const void *p)
 	return sum;
 }
 
-static void check_file(struct mmap_test *t, int fd)
-{
-	char cmd[32];
-	int len = snprintf(cmd, sizeof(cmd), "%d 1", fd);
-
-	TEST_ASSERT(write(t->check, cmd, len) == len,
-		    "Folios are not what they have to be: errno %d (%s)", errno,
-		    strerror(errno));
-}
-
 static void check(struct mmap_test *t)
 {
-	check_file(t, t->fd);
+	gmem_check(t->check, t->fd, true);
 }
 
 static u64 *word(struct mmap_test *t, u64 offset)
@@ -135,7 +125,6 @@ FIXTURE_SETUP(mmap)
 	const char *reason = gmem_unavailable(variant->page_size);
 	struct mmap_test *t = &self->t;
 	struct kvm_vcpu *vcpus[2];
-	char path[128];
 
 	if (reason)
 		SKIP(return, "%s", reason);
@@ -151,9 +140,7 @@ FIXTURE_SETUP(mmap)
 	vm_set_user_memory_region2(t->vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD, GMEM_GPA,
 				   t->size, NULL, t->fd, 0);
 	t->mem = kvm_mmap(t->size, PROT_READ | PROT_WRITE, MAP_SHARED, t->fd);
-	snprintf(path, sizeof(path), "/sys/kernel/debug/kvm/%d-%d/gmem_check", getpid(),
-		 t->vm->fd);
-	t->check = open_path_or_exit(path, O_WRONLY);
+	t->check = gmem_open_check(t->vm);
 }
 
 FIXTURE_TEARDOWN(mmap)
@@ -301,29 +288,23 @@ TEST_F_TIMEOUT(mmap, punch, SLOW)
 	check(t);
 }
 
-static void pin(int pipe_fd, void *p)
-{
-	struct iovec iov = { .iov_base = p, .iov_len = 1 };
-
-	TEST_ASSERT(vmsplice(pipe_fd, &iov, 1, 0) == 1, "vmsplice() failed");
-}
-
 TEST_F_TIMEOUT(mmap, punched_while_pinned, SLOW)
 {
 	struct mmap_test *t = &self->t;
 	struct hugetlb_counters before;
 	int fds[2];
-	char c;
+	u64 val;
 
 	hugetlb_get(t->page_size, &before);
 	TEST_ASSERT(!pipe(fds), "pipe() failed");
 	host_write_all(t);
 	EXPECT_EQ(0, hugetlb_read(t->page_size, "guestmem_waiting_hugepages"));
-	pin(fds[1], word(t, SZ_1M));
+	gmem_pin(fds[1], word(t, SZ_1M));
 	kvm_fallocate(t->fd, PUNCH_HOLE, 0, t->size);
 	hugetlb_expect(&before, -1, -1, "while one page is in use");
 	EXPECT_EQ(1, hugetlb_read(t->page_size, "guestmem_waiting_hugepages"));
-	TEST_ASSERT_EQ(read(fds[0], &c, 1), 1);
+	TEST_ASSERT_EQ(read(fds[0], &val, sizeof(val)), sizeof(val));
+	EXPECT_EQ(PATTERN + SZ_1M, val);
 	hugetlb_expect_released(&before, "after it is not in use any more");
 	EXPECT_EQ(0, hugetlb_read(t->page_size, "guestmem_waiting_hugepages"));
 	kvm_close(fds[0]);
@@ -357,20 +338,6 @@ TEST_F_TIMEOUT(mmap, kernel_gets_pages, SLOW)
 	check(t);
 }
 
-/* The guest's mapping goes a moment later than memory_failure() returns. */
-static int victim_reads_until_error(struct mmap_test *t, u64 offset)
-{
-	int i, r;
-
-	for (i = 0; i < 1000; i++) {
-		r = __gmem_guest_do(t->victim, GMEM_READ, GMEM_GPA + offset, 8, 8, 0);
-		if (r)
-			return r;
-		usleep(10 * 1000);
-	}
-	return 0;
-}
-
 /* Costs the part that it is in, neither more nor less. */
 TEST_F_TIMEOUT(mmap, memory_error, SLOW)
 {
@@ -384,7 +351,7 @@ TEST_F_TIMEOUT(mmap, memory_error, SLOW)
 	pfn = gmem_host_pfn(word(t, SZ_2M + SZ_8K));
 	ASSERT_NE(0, pfn);
 	ASSERT_EQ(0, gmem_poison(pfn));
-	EXPECT_EQ(-EHWPOISON, victim_reads_until_error(t, SZ_2M + SZ_8K));
+	EXPECT_EQ(-EHWPOISON, gmem_read_until_error(t->victim, GMEM_GPA + SZ_2M + SZ_8K));
 	TEST_EXPECT_SIGBUS(READ_ONCE(*word(t, SZ_2M + SZ_8K)));
 	TEST_EXPECT_SIGBUS(READ_ONCE(*word(t, SZ_2M)));
 	host_check(t->mem, SZ_2M, PATTERN);
@@ -412,7 +379,7 @@ TEST_F_TIMEOUT(mmap, file_without_mmap, SLOW)
 	EXPECT_EQ(MAP_FAILED, mmap(NULL, SZ_4K, PROT_READ, MAP_SHARED, fd, 0));
 	EXPECT_EQ(ENODEV, errno);
 	EXPECT_EQ(t->memmap, read_vmstat("nr_memmap"));
-	check_file(t, fd);
+	gmem_check(t->check, fd, true);
 	kvm_close(fd);
 }
 

@@ -31,7 +31,6 @@
 #define SLOW		900
 
 #define PATTERN		0x600d600d00000000ull
-#define NSEC_PER_SEC	1000000000ull
 
 /* How long the real-time thread sleeps, and the longest that it may be kept waiting. */
 #define NAP_NS		100000
@@ -91,7 +90,7 @@ static void destroy(struct large_test *t)
 /* One word of each page of 1 GiB that the guest can address. */
 static void guest_does(struct large_test *t, enum gmem_op op)
 {
-	gmem_guest_do(t->vcpu, op, GMEM_GPA, min(t->size, GMEM_WINDOW), SZ_1G, PATTERN);
+	gmem_guest_do(t->vcpu, op, GMEM_GPA, min_t(u64, t->size, GMEM_WINDOW), SZ_1G, PATTERN);
 }
 
 static u64 convert(struct large_test *t, u64 offset, u64 size, u64 attributes)

@@ -615,20 +615,6 @@ TEST_F_TIMEOUT(split, closed_while_pinned, SLOW)
 	hugetlb_expect_released(&before, "after it is not in use any more");
 }
 
-/* The guest's mapping goes a moment later than memory_failure() returns. */
-static int victim_reads_until_error(struct split_test *t, u64 offset)
-{
-	int i, r;
-
-	for (i = 0; i < 1000; i++) {
-		r = __gmem_guest_do(t->victim, GMEM_READ, GMEM_GPA + offset, 8, 8, 0);
-		if (r)
-			return r;
-		usleep(10 * 1000);
-	}
-	return 0;
-}
-
 /* A page with an error: nobody else's, and the huge page is not used again. */
 TEST_F_TIMEOUT(split, memory_error, SLOW)
 {
@@ -646,7 +632,7 @@ TEST_F_TIMEOUT(split, memory_error, SLOW)
 	pfn = gmem_host_pfn(word(t, SZ_8K));
 	ASSERT_NE(0, pfn);
 	ASSERT_EQ(0, gmem_poison(pfn));
-	EXPECT_EQ(-EHWPOISON, victim_reads_until_error(t, SZ_8K));
+	EXPECT_EQ(-EHWPOISON, gmem_read_until_error(t->victim, GMEM_GPA + SZ_8K));
 	for (i = 0; i < 4; i++) {
 		TEST_EXPECT_SIGBUS(READ_ONCE(*word(t, SZ_8K)));
 		TEST_EXPECT_SIGBUS(READ_ONCE(*word(t, 0)));

@@ -107,4 +107,10 @@ bool gmem_can_poison(void);
 int gmem_poison(u64 pfn);
 int gmem_unpoison(u64 pfn);
 
+/*
+ * Let the guest read a word until it can't.  Returns KVM_RUN's error, or 0 if that never
+ * comes: the guest's mapping goes a moment later than memory_failure() returns.
+ */
+int gmem_read_until_error(struct kvm_vcpu *vcpu, gpa_t gpa);
+
 #endif /* SELFTEST_KVM_GMEM_GUEST_H */

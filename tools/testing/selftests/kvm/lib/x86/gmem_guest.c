@@ -254,3 +254,16 @@ int gmem_unpoison(u64 pfn)
 {
 	return write_pfn(HWPOISON "/unpoison-pfn", pfn);
 }
+
+int gmem_read_until_error(struct kvm_vcpu *vcpu, gpa_t gpa)
+{
+	int i, r;
+
+	for (i = 0; i < 1000; i++) {
+		r = __gmem_guest_do(vcpu, GMEM_READ, gpa, 8, 8, 0);
+		if (r)
+			return r;
+		usleep(10 * 1000);
+	}
+	return 0;
+}
