@@ -445,6 +445,19 @@ bool guestmem_folios_is_whole(struct guestmem_allocator *gm, pgoff_t index)
 	return gm->is_private(gm, index, index + (1UL << gm->order));
 }
 
+/* A fault that had the folio before it was unmapped may have mapped it since. */
+static void guestmem_unmap_piece(struct folio *folio, enum lru_cache_drained *drained)
+{
+	folio_lock(folio);
+	if (folio_mapped(folio)) {
+		unmap_mapping_folio(folio);
+		*drained = LRU_CACHE_NOT_DRAINED;
+	}
+	folio_unlock(folio);
+
+	lru_cache_drain_for_folio(folio, 0, drained);
+}
+
 /*
  * From here on it is the piece's type that says what happens to it.  It can have that
  * because nobody can map it any more.
@@ -455,9 +468,6 @@ static void guestmem_remove_piece(struct guestmem_allocator *gm,
 	unsigned int order = folio_order(folio);
 
 	folio_lock(folio);
-	if (folio_mapped(folio))
-		unmap_mapping_folio(folio);
-
 	__folio_set_guestmem(folio);
 	atomic_long_add(1L << order, &hp->nr_out);
 	guestmem_del_placeholder(gm->mapping, folio->index, order);
@@ -474,15 +484,17 @@ static void guestmem_remove_piece(struct guestmem_allocator *gm,
  * @gm: the file's allocator
  * @index: index of its first base page
  * @drained: which of the CPUs' batches of folios have been emptied
+ * @list: what the page is added to if the caller has to free it
  *
- * The page goes back to its pool, now or when nobody uses any piece of it any more.
- * Nobody's use is what unmapping mlocked memory may have put into a CPU's batch.
+ * The page goes back to its pool, by guestmem_hugepages_free() or when nobody uses any
+ * piece of it any more.  Nobody's use is what unmapping mlocked memory may have put
+ * into a CPU's batch.
  *
  * Context: May sleep, locks folios.  The caller decides alone about the huge page, and
  * has unmapped it.
  */
 void guestmem_folios_remove(struct guestmem_allocator *gm, pgoff_t index,
-			    enum lru_cache_drained *drained)
+			    enum lru_cache_drained *drained, struct list_head *list)
 {
 	struct folio *folio = xa_load(&gm->mapping->i_pages, index);
 	struct guestmem_hugepage *hp = folio->private;
@@ -491,13 +503,13 @@ void guestmem_folios_remove(struct guestmem_allocator *gm, pgoff_t index,
 	while (index < end) {
 		folio = xa_load(&gm->mapping->i_pages, index);
 		index += folio_nr_pages(folio);
-		lru_cache_drain_for_folio(folio, 0, drained);
+		guestmem_unmap_piece(folio, drained);
 		guestmem_remove_piece(gm, hp, folio);
 		if (!(index % SZ_1K))
 			cond_resched();
 	}
 
-	guestmem_hugepage_release(hp);
+	guestmem_hugepage_release(hp, list);
 }
 
 /* Whether there is an error in some pages of a huge page. */

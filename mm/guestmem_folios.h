@@ -9,7 +9,7 @@
 int guestmem_folios_add(struct guestmem_allocator *gm, struct folio *folio,
 			pgoff_t index);
 void guestmem_folios_remove(struct guestmem_allocator *gm, pgoff_t index,
-			    enum lru_cache_drained *drained);
+			    enum lru_cache_drained *drained, struct list_head *list);
 bool guestmem_folios_is_whole(struct guestmem_allocator *gm, pgoff_t index);
 unsigned int guestmem_folios_max_order(struct guestmem_allocator *gm,
 				       struct folio *folio);

@@ -147,22 +147,44 @@ static void guestmem_merge_block(struct guestmem_hugepage *hp, struct page *page
 	hugetlb_vmemmap_free_pages(&hp->vmemmap_pages);
 }
 
-static void guestmem_hugepage_free_work(struct work_struct *work)
+/**
+ * guestmem_hugepages_free - free huge pages all pieces of which have come back
+ * @list: the pages, by &guestmem_hugepage.node; empty afterward
+ *
+ * Context: May sleep.
+ */
+void guestmem_hugepages_free(struct list_head *list)
 {
-	struct guestmem_hugepage *hp;
+	struct guestmem_hugepage *hp, *next;
+	bool optimized = false;
 	struct folio *folio;
 	struct hstate *h;
 
-	hp = container_of(work, struct guestmem_hugepage, free_work);
-	h = hp->h;
-	if (hp->optimized)
+	/* See guestmem_hugepage_merge_part(). */
+	list_for_each_entry(hp, list, node)
+		optimized |= hp->optimized;
+	if (optimized)
 		synchronize_rcu_expedited();
-	folio = guestmem_hugepage_merge(hp);
 
-	/* Who finds the page in the pool does not find it among those that wait. */
-	atomic_long_dec(&guestmem_nr_waiting[hstate_index(h)]);
-	folio_ref_unfreeze(folio, 1);
-	folio_put(folio);
+	list_for_each_entry_safe(hp, next, list, node) {
+		list_del(&hp->node);
+		h = hp->h;
+		folio = guestmem_hugepage_merge(hp);
+
+		/* Who finds the page in the pool does not find it among those that wait. */
+		atomic_long_dec(&guestmem_nr_waiting[hstate_index(h)]);
+		folio_ref_unfreeze(folio, 1);
+		folio_put(folio);
+		cond_resched();
+	}
+}
+
+static void guestmem_hugepage_free_work(struct work_struct *work)
+{
+	LIST_HEAD(list);
+
+	list_add(&container_of(work, struct guestmem_hugepage, free_work)->node, &list);
+	guestmem_hugepages_free(&list);
 }
 
 static struct guestmem_hugepage *guestmem_hugepage_alloc(struct folio *folio,
@@ -372,14 +394,16 @@ struct folio *guestmem_whole_folio(struct page *page)
 /**
  * guestmem_hugepage_release - give a huge page back that has left its file
  * @hp: the huge page; not to be used any more
+ * @list: where it is added if all of its pieces have come back, for
+ *	  guestmem_hugepages_free()
  *
- * Frees it now, or when the last of its pieces comes back.
+ * If not, it is freed when the last one comes back.
  */
-void guestmem_hugepage_release(struct guestmem_hugepage *hp)
+void guestmem_hugepage_release(struct guestmem_hugepage *hp, struct list_head *list)
 {
 	atomic_long_inc(&guestmem_nr_waiting[hstate_index(hp->h)]);
 	if (atomic_long_dec_and_test(&hp->nr_out))
-		guestmem_hugepage_free_work(&hp->free_work);
+		list_add_tail(&hp->node, list);
 }
 
 /**
@@ -418,7 +442,6 @@ void free_guestmem_folio(struct folio *folio)
 	VM_WARN_ON_ONCE_FOLIO(folio_ref_count(folio), folio);
 
 	guestmem_clear_mlocked(folio);
-	__folio_clear_guestmem(folio);
 
 	if (atomic_long_sub_and_test(nr_pages, &hp->nr_out))
 		queue_work(system_dfl_wq, &hp->free_work);

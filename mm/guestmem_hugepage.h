@@ -21,7 +21,7 @@
  *	    as long as somebody puts pages away
  * @free_work: puts the page together and frees it
  * @index: where it is in its file
- * @node: in &guestmem_change.list
+ * @node: in &guestmem_change.list, or among those that are about to be freed
  * @is_new: the page is still whole, and about to be taken apart
  * @is_merging: all of it is about to be put together
  *
@@ -54,7 +54,8 @@ void guestmem_hugepage_split_part(struct guestmem_hugepage *hp, struct page *pag
 void guestmem_hugepage_merge_part(struct guestmem_hugepage *hp, struct page *page);
 struct folio *guestmem_hugepage_merge(struct guestmem_hugepage *hp);
 void guestmem_clear_mlocked(struct folio *folio);
-void guestmem_hugepage_release(struct guestmem_hugepage *hp);
+void guestmem_hugepage_release(struct guestmem_hugepage *hp, struct list_head *list);
+void guestmem_hugepages_free(struct list_head *list);
 unsigned long guestmem_hugepages_waiting(struct hstate *h);
 
 #endif /* _MM_GUESTMEM_HUGEPAGE_H */

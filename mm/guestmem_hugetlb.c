@@ -40,6 +40,7 @@
 #include <linux/slab.h>
 
 #include "guestmem_folios.h"
+#include "guestmem_hugepage.h"
 #include "hugetlb_internal.h"
 
 /**
@@ -224,7 +225,8 @@ static struct folio *guestmem_hugetlb_allocate(struct guestmem_allocator *gm,
 }
 
 static void guestmem_hugetlb_remove(struct guestmem_allocator *gm, pgoff_t index,
-				    enum lru_cache_drained *drained)
+				    enum lru_cache_drained *drained,
+				    struct list_head *list)
 {
 	struct folio *folio;
 
@@ -237,7 +239,7 @@ static void guestmem_hugetlb_remove(struct guestmem_allocator *gm, pgoff_t index
 	if (!folio_test_hugetlb(folio)) {
 		folio_unlock(folio);
 		folio_put(folio);
-		guestmem_folios_remove(gm, index, drained);
+		guestmem_folios_remove(gm, index, drained, list);
 		return;
 	}
 
@@ -253,11 +255,16 @@ static void guestmem_hugetlb_remove(struct guestmem_allocator *gm, pgoff_t index
 	folio_put(folio);
 }
 
+/* How many huge pages are freed at once: they have to wait for readers, together. */
+#define GUESTMEM_HUGETLB_NR_FREE	64
+
 static void guestmem_hugetlb_free(struct guestmem_allocator *gm, pgoff_t start,
 				  pgoff_t end)
 {
 	enum lru_cache_drained drained = LRU_CACHE_NOT_DRAINED;
 	unsigned long index = start;
+	unsigned int nr = 0;
+	LIST_HEAD(list);
 
 	/* All of it before the first page, so that batches are emptied once. */
 	unmap_mapping_pages(gm->mapping, start, end - start, false);
@@ -265,10 +272,13 @@ static void guestmem_hugetlb_free(struct guestmem_allocator *gm, pgoff_t start,
 	while (index < end &&
 	       xa_find(&gm->mapping->i_pages, &index, end - 1, XA_PRESENT)) {
 		index = round_down(index, 1UL << gm->order);
-		guestmem_hugetlb_remove(gm, index, &drained);
+		guestmem_hugetlb_remove(gm, index, &drained, &list);
 		index += 1UL << gm->order;
+		if (!(++nr % GUESTMEM_HUGETLB_NR_FREE))
+			guestmem_hugepages_free(&list);
 		cond_resched();
 	}
+	guestmem_hugepages_free(&list);
 }
 
 static const struct guestmem_allocator_operations guestmem_hugetlb_ops = {

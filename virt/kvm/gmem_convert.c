@@ -47,7 +47,10 @@
 #define GMEM_CONVERT_WAIT_US	100
 #define GMEM_CONVERT_NR_WAITS	100
 
-/* How many folios with references are put off until the others have been checked. */
+/*
+ * How many folios with references are put off until others have been checked, beside
+ * those of the batch that has been looked at last.
+ */
 #define GMEM_CONVERT_NR_BUSY	16
 
 /**
@@ -73,7 +76,7 @@ struct gmem_conversion {
 	struct guestmem_change folios;
 	enum lru_cache_drained drained;
 	unsigned int nr_waits;
-	pgoff_t busy[GMEM_CONVERT_NR_BUSY];
+	pgoff_t busy[GMEM_CONVERT_NR_BUSY + FOLIO_BATCH_SIZE];
 	unsigned int nr_busy;
 	pgoff_t error;
 };
@@ -81,51 +84,6 @@ struct gmem_conversion {
 static bool gmem_convert_to_private(const struct gmem_conversion *c)
 {
 	return c->attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE;
-}
-
-typedef int (*gmem_convert_fn)(struct gmem_conversion *c, struct folio *folio);
-
-/*
- * Call @fn for every folio that the file has in the range, with a reference, until
- * it returns an error, or until the task is killed if @killable.
- */
-static int gmem_convert_walk_folios(struct gmem_conversion *c, bool killable,
-				    gmem_convert_fn fn)
-{
-	struct address_space *mapping = c->inode->i_mapping;
-	pgoff_t index = c->start;
-	struct folio_batch fbatch;
-	unsigned int i;
-	int r = 0;
-
-	folio_batch_init(&fbatch);
-	while (!r && filemap_get_folios(mapping, &index, c->end - 1, &fbatch)) {
-		for (i = 0; i < folio_batch_count(&fbatch) && !r; i++)
-			r = fn(c, fbatch.folios[i]);
-		folios_put(&fbatch);
-		cond_resched();
-		if (!r && killable && fatal_signal_pending(current))
-			r = -EINTR;
-	}
-
-	return r;
-}
-
-/*
- * Unmap what a fault on the host has mapped since the range was unmapped.  Whoever has
- * the folio lock does not wait for anything that user space could hold up: a fault has
- * got its page table before, and memory_failure() leaves all that to a worker.
- */
-static int gmem_convert_unmap_folio(struct gmem_conversion *c, struct folio *folio)
-{
-	if (folio_lock_killable(folio))
-		return -EINTR;
-
-	if (folio_mapped(folio))
-		unmap_mapping_pages(folio->mapping, folio->index,
-				    folio_nr_pages(folio), false);
-	folio_unlock(folio);
-	return 0;
 }
 
 /* Whether the page cache and the caller are the only users of an unmapped folio. */
@@ -181,6 +139,54 @@ static int gmem_convert_check_busy(struct gmem_conversion *c)
 	return 0;
 }
 
+typedef int (*gmem_convert_fn)(struct gmem_conversion *c, struct folio *folio);
+
+/*
+ * Call @fn for every folio that the file has in the range, with a reference, until
+ * it returns an error, or until the task is killed if @killable.  What it has put off
+ * is checked when the walk itself has no references.
+ */
+static int gmem_convert_walk_folios(struct gmem_conversion *c, bool killable,
+				    gmem_convert_fn fn)
+{
+	struct address_space *mapping = c->inode->i_mapping;
+	pgoff_t index = c->start;
+	struct folio_batch fbatch;
+	unsigned int i;
+	int r = 0;
+
+	folio_batch_init(&fbatch);
+	while (!r && filemap_get_folios(mapping, &index, c->end - 1, &fbatch)) {
+		for (i = 0; i < folio_batch_count(&fbatch) && !r; i++)
+			r = fn(c, fbatch.folios[i]);
+		folios_put(&fbatch);
+		cond_resched();
+		if (!r && c->nr_busy >= GMEM_CONVERT_NR_BUSY)
+			r = gmem_convert_check_busy(c);
+		if (!r && killable && fatal_signal_pending(current))
+			r = -EINTR;
+	}
+
+	return r;
+}
+
+/*
+ * Unmap what a fault on the host has mapped since the range was unmapped.  Whoever has
+ * the folio lock does not wait for anything that user space could hold up: a fault has
+ * got its page table before, and memory_failure() leaves all that to a worker.
+ */
+static int gmem_convert_unmap_folio(struct gmem_conversion *c, struct folio *folio)
+{
+	if (folio_lock_killable(folio))
+		return -EINTR;
+
+	if (folio_mapped(folio))
+		unmap_mapping_pages(folio->mapping, folio->index,
+				    folio_nr_pages(folio), false);
+	folio_unlock(folio);
+	return 0;
+}
+
 /*
  * A reference that somebody needs for a moment is likely to be gone once the other
  * folios have been checked, and nobody can get one that lasts: come back later, instead
@@ -200,7 +206,7 @@ static int gmem_convert_check_folio(struct gmem_conversion *c, struct folio *fol
 		return 0;
 
 	c->busy[c->nr_busy++] = folio->index;
-	return c->nr_busy < GMEM_CONVERT_NR_BUSY ? 0 : gmem_convert_check_busy(c);
+	return 0;
 }
 
 /*
@@ -339,7 +345,11 @@ int kvm_gmem_convert(struct inode *inode, pgoff_t start, pgoff_t end,
 	};
 	int r;
 
-	filemap_invalidate_lock(mapping);
+	/* Whoever frees or allocates much memory has it for a while. */
+	if (down_write_killable(&mapping->invalidate_lock)) {
+		*error = start;
+		return -EINTR;
+	}
 
 	r = gmem_convert_prepare(&c);
 	if (!r)

@@ -998,6 +998,11 @@ TEST_F_TIMEOUT(convert, wait_for_pins, SLOW)
 		waited += !convert_while_released(fd, mem, 1, 2000, &released);
 	EXPECT_NE(0, waited);
 
+	/* Nor is it of use to anybody to give up because there are many. */
+	for (i = 0, waited = 0; i < 20 && !waited; i++)
+		waited += !convert_while_released(fd, mem, 20, 100, &released);
+	EXPECT_NE(0, waited);
+
 	/* Each of them is let go in time, if its time began when it is its turn. */
 	for (i = 0; i < 20 && !refused; i++) {
 		r = convert_while_released(fd, mem, MAX_RELEASED, 6000, &released);
@@ -1007,6 +1012,42 @@ TEST_F_TIMEOUT(convert, wait_for_pins, SLOW)
 	EXPECT_NE(0, refused);
 	kvm_munmap(mem, size);
 	kvm_close(fd);
+}
+
+struct allocation {
+	int fd;
+	u64 size;
+};
+
+static void *allocate(void *arg)
+{
+	struct allocation *a = arg;
+
+	kvm_fallocate(a->fd, FALLOC_FL_KEEP_SIZE, 0, a->size);
+	return NULL;
+}
+
+/* Who fills a file gives way to others between two of its pages. */
+TEST_F_TIMEOUT(convert, while_allocated, SLOW)
+{
+	struct allocation a = { .size = max_t(u64, 8 * SZ_2M, 2 * self->t.page_size) };
+	pthread_t thread;
+	long blocks;
+
+	if (self->t.page_size != SZ_4K &&
+	    hugetlb_available(self->t.page_size) < a.size / self->t.page_size)
+		SKIP(return, "needs more huge pages");
+
+	a.fd = vm_create_guest_memfd(self->t.vm, a.size, self->t.flags);
+	kvm_pthread_create(&thread, NULL, allocate, &a);
+	while (!gmem_blocks(a.fd))
+		sched_yield();
+	convert(a.fd, 0, SZ_4K, SHARED);
+	blocks = gmem_blocks(a.fd);
+	kvm_pthread_join(thread, NULL);
+	EXPECT_LT(blocks, gmem_blocks(a.fd));
+	EXPECT_EQ(a.size / 512, gmem_blocks(a.fd));
+	kvm_close(a.fd);
 }
 
 /* Doors through which the kernel would fetch memory for somebody. */

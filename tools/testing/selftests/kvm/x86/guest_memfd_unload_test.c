@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * KVM is unloaded while somebody uses pages that its files had: these go back to their
- * pool without it.
+ * pool without it.  It is not while somebody has what is left of a file itself.
  */
 #include <fcntl.h>
 #include <unistd.h>
@@ -49,12 +49,24 @@ static bool is_module(const char *name)
 	return !access(path, F_OK);
 }
 
-static void modprobe(const char *options, const char *name)
+static bool probe(const char *options, const char *name)
 {
 	char cmd[64];
 
 	snprintf(cmd, sizeof(cmd), "modprobe %s %s", options, name);
-	TEST_ASSERT(!system(cmd), "%s failed", cmd);
+	return !system(cmd);
+}
+
+/* Inodes need their code, and are freed a moment after files have been closed. */
+static bool unload(const char *name)
+{
+	int i;
+
+	for (i = 0; i < 1000 && is_module(name); i++) {
+		if (!probe("-r", name))
+			usleep(10 * 1000);
+	}
+	return !is_module(name);
 }
 
 FIXTURE_SETUP(unload)
@@ -73,7 +85,7 @@ FIXTURE_SETUP(unload)
 
 FIXTURE_TEARDOWN(unload)
 {
-	modprobe("", self->vendor);
+	TEST_ASSERT(probe("", self->vendor), "Can't load %s again", self->vendor);
 	kvm_close(self->pipe[0]);
 	kvm_close(self->pipe[1]);
 }
@@ -103,7 +115,6 @@ static void use_page(int pipe_fd, size_t page_size, bool converts)
 
 TEST_F_TIMEOUT(unload, while_page_is_in_use, SLOW)
 {
-	char modules[32];
 	u64 val = 0;
 	int status;
 	pid_t pid;
@@ -117,15 +128,39 @@ TEST_F_TIMEOUT(unload, while_page_is_in_use, SLOW)
 	TEST_ASSERT(waitpid(pid, &status, 0) == pid && !status, "The process failed");
 	EXPECT_EQ(1, hugetlb_read(variant->page_size, "guestmem_waiting_hugepages"));
 
-	snprintf(modules, sizeof(modules), "%s kvm", self->vendor);
-	modprobe("-r", modules);
-	ASSERT_FALSE(is_module("kvm"));
+	ASSERT_TRUE(unload(self->vendor));
+	ASSERT_TRUE(unload("kvm"));
 	EXPECT_EQ(1, hugetlb_read(variant->page_size, "guestmem_waiting_hugepages"));
 	hugetlb_expect(&self->counters, -1, 0, "while the page is in use");
 	EXPECT_EQ(sizeof(val), read(self->pipe[0], &val, sizeof(val)));
 	EXPECT_EQ(PATTERN, val);
 	hugetlb_expect_released(&self->counters, "after it is not in use any more");
 	EXPECT_EQ(0, hugetlb_read(variant->page_size, "guestmem_waiting_hugepages"));
+}
+
+/* A path keeps an inode, and no file: nothing that needs KVM, but for its end. */
+TEST_F_TIMEOUT(unload, while_there_is_a_path, SLOW)
+{
+	struct kvm_vcpu *vcpu;
+	struct kvm_vm *vm;
+	char path[32];
+	int fd, path_fd;
+
+	vm = gmem_vm_create_type(KVM_X86_DEFAULT_VM, 1, &vcpu);
+	fd = vm_create_guest_memfd(vm, variant->page_size, gmem_flags(variant->page_size) |
+				   GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED);
+	kvm_fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, variant->page_size);
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	path_fd = open_path_or_exit(path, O_PATH);
+	kvm_close(fd);
+	kvm_vm_free(vm);
+
+	hugetlb_expect(&self->counters, -1, 0, "while there is a path");
+	EXPECT_FALSE(probe("-r", self->vendor));
+	EXPECT_TRUE(is_module(self->vendor));
+	kvm_close(path_fd);
+	hugetlb_expect_released(&self->counters, "after there is none");
+	EXPECT_TRUE(unload(self->vendor));
 }
 
 int main(int argc, char *argv[])
