@@ -10,6 +10,7 @@
 #include "gmem_guest.h"
 
 static struct gmem_command commands[GMEM_MAX_VCPUS];
+static u64 scratch;
 
 static void guest_do_one(const struct gmem_command *c)
 {
@@ -59,6 +60,7 @@ struct kvm_vm *gmem_vm_create_type(int type, int nr_vcpus, struct kvm_vcpu *vcpu
 		.type = type,
 	};
 	struct kvm_vm *vm;
+	enum gmem_op op;
 	int i, level;
 
 	TEST_ASSERT(nr_vcpus <= GMEM_MAX_VCPUS, "Too many vCPUs");
@@ -67,10 +69,11 @@ struct kvm_vm *gmem_vm_create_type(int type, int nr_vcpus, struct kvm_vcpu *vcpu
 	level = kvm_cpu_has(X86_FEATURE_GBPAGES) ? PG_LEVEL_1G : PG_LEVEL_2M;
 	virt_map_level(vm, GMEM_GPA, GMEM_GPA, GMEM_WINDOW, level);
 
-	/* One access to nothing, so that the guest's own pages are there. */
+	/* Let the guest's own code and data be mapped before anything is counted. */
 	for (i = 0; i < nr_vcpus; i++) {
 		vcpu_args_set(vcpus[i], 1, (u64)i);
-		gmem_guest_do(vcpus[i], GMEM_READ, GMEM_GPA, 0, SZ_4K, 0);
+		for (op = GMEM_READ; op <= GMEM_CHECK_ZERO; op++)
+			gmem_guest_do(vcpus[i], op, (gva_t)&scratch, 8, 8, 0);
 	}
 	return vm;
 }
