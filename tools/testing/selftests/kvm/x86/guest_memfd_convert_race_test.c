@@ -310,7 +310,9 @@ static void convert_until(struct race *r, bool guests, bool host, bool other)
 		TEST_ASSERT(!ret, "Conversion %ld: errno %d (%s), %d times refused",
 			    r->conversions, errno, strerror(errno), refused);
 		r->refused += refused;
-		r->conversions++;
+		/* Now it is for the others: let them have their time. */
+		if (++r->conversions >= nr_conversions)
+			usleep(1000);
 	}
 }
 
