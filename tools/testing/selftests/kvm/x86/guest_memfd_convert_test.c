@@ -1030,7 +1030,10 @@ static void *allocate(void *arg)
 /* Who fills a file gives way to others between two of its pages. */
 TEST_F_TIMEOUT(convert, while_allocated, SLOW)
 {
-	struct allocation a = { .size = max_t(u64, 8 * SZ_2M, 2 * self->t.page_size) };
+	struct allocation a = {
+		.size = self->t.page_size == SZ_4K ? SZ_128M :
+			max_t(u64, SZ_64M, 3 * self->t.page_size),
+	};
 	pthread_t thread;
 	long blocks;
 
