@@ -277,9 +277,13 @@ static int gmem_convert_prepare(struct gmem_conversion *c)
 }
 
 #ifdef CONFIG_HAVE_KVM_ARCH_GMEM_RECLAIM
+/* Attributes are still those from before, and have told what folios there have to be. */
 static int gmem_convert_make_shared(struct gmem_conversion *c, struct folio *folio)
 {
-	kvm_arch_gmem_reclaim(folio_pfn(folio), folio_nr_pages(folio));
+	struct gmem_attributes *ga = &GMEM_I(c->inode)->attributes;
+
+	if (gmem_attributes_get(ga, folio->index).attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE)
+		kvm_arch_gmem_reclaim(folio_pfn(folio), folio_nr_pages(folio));
 	return 0;
 }
 
