@@ -282,8 +282,10 @@ static int gmem_convert_make_shared(struct gmem_conversion *c, struct folio *fol
 {
 	struct gmem_attributes *ga = &GMEM_I(c->inode)->attributes;
 
-	if (gmem_attributes_get(ga, folio->index).attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE)
+	if (gmem_attributes_get(ga, folio->index).attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE) {
+		trace_kvm_gmem_reclaim(folio_pfn(folio), folio_nr_pages(folio));
 		kvm_arch_gmem_reclaim(folio_pfn(folio), folio_nr_pages(folio));
+	}
 	return 0;
 }
 

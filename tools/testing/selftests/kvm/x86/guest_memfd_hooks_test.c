@@ -3,15 +3,15 @@
  * What guest_memfd tells the architecture: which pages become private when the guest
  * gets to them, and which become shared or are freed.
  *
- * For the VMs here there is nothing to be done then.  Probes see what the hooks are called
- * with.
+ * For the VMs here there is nothing to be done then.  Tracepoints show what the hooks are
+ * called with.
  */
 #include <fcntl.h>
+#include <limits.h>
 #include <sys/mount.h>
 
 #include <linux/falloc.h>
 #include <linux/kvm.h>
-#include <linux/limits.h>
 #include <linux/log2.h>
 #include <linux/sizes.h>
 
@@ -31,12 +31,8 @@
 #define PATTERN		0x600d600d00000000ull
 
 #define TRACING		"/sys/kernel/tracing/"
-#define PROBES		"gmem_hooks"
-
-static const char * const probes[] = {
-	"p:" PROBES "/to_private kvm_arch_gmem_make_private gfn=%si pfn=%dx nr=%cx\n",
-	"p:" PROBES "/to_shared kvm_arch_gmem_reclaim pfn=%di nr=%si\n",
-};
+#define TO_PRIVATE	"kvm_gmem_make_private"
+#define RECLAIM		"kvm_gmem_reclaim"
 
 struct hooks_test {
 	struct kvm_vm *vm;
@@ -72,18 +68,6 @@ FIXTURE_VARIANT_ADD(hooks, 2m_part) { .page_size = SZ_2M, .nr = 4, .part = true,
 FIXTURE_VARIANT_ADD(hooks, 1g) { .page_size = SZ_1G, .nr = 1, };
 FIXTURE_VARIANT_ADD(hooks, 1g_part) { .page_size = SZ_1G, .nr = 1, .part = true, };
 
-static bool write_probe(const char *probe)
-{
-	int fd = open(TRACING "kprobe_events", O_WRONLY | O_APPEND);
-	bool done;
-
-	if (fd < 0)
-		return false;
-	done = write(fd, probe, strlen(probe)) == strlen(probe);
-	close(fd);
-	return done;
-}
-
 static void close_file(struct hooks_test *t)
 {
 	kvm_close(t->check);
@@ -96,7 +80,6 @@ FIXTURE_SETUP(hooks)
 {
 	const char *reason = gmem_unavailable(variant->page_size);
 	struct hooks_test *t = &self->t;
-	int i;
 
 	if (!kvm_check_cap(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES))
 		SKIP(return, "kvm.gmem_in_place_conversion is off");
@@ -104,9 +87,9 @@ FIXTURE_SETUP(hooks)
 		SKIP(return, "%s", reason);
 	if (mount("none", TRACING, "tracefs", 0, NULL) && errno != EBUSY)
 		SKIP(return, "no tracefs");
-	for (i = 0; i < ARRAY_SIZE(probes); i++)
-		if (!write_probe(probes[i]))
-			SKIP(return, "no CONFIG_KPROBE_EVENTS or no hooks");
+	if (access(TRACING "events/kvm/" TO_PRIVATE, F_OK) ||
+	    access(TRACING "events/kvm/" RECLAIM, F_OK))
+		SKIP(return, "nothing has to be told to the architecture");
 
 	t->page_size = variant->page_size;
 	t->size = variant->nr * variant->page_size;
@@ -126,16 +109,16 @@ FIXTURE_SETUP(hooks)
 	t->expected = malloc(t->size / SZ_4K);
 	TEST_ASSERT(t->pfns && t->told && t->expected, "Out of memory");
 	write_number(TRACING "trace", 0);
-	write_number(TRACING "events/" PROBES "/enable", 1);
+	write_number(TRACING "events/kvm/" TO_PRIVATE "/enable", 1);
+	write_number(TRACING "events/kvm/" RECLAIM "/enable", 1);
 }
 
 FIXTURE_TEARDOWN(hooks)
 {
 	struct hooks_test *t = &self->t;
 
-	write_number(TRACING "events/" PROBES "/enable", 0);
-	TEST_ASSERT(write_probe("-:" PROBES "/to_private\n") &&
-		    write_probe("-:" PROBES "/to_shared\n"), "Can't remove probes");
+	write_number(TRACING "events/kvm/" TO_PRIVATE "/enable", 0);
+	write_number(TRACING "events/kvm/" RECLAIM "/enable", 0);
 	if (t->fd >= 0)
 		close_file(t);
 	free(t->pfns);
@@ -151,7 +134,7 @@ static void tell(struct hooks_test *t, u64 index, u64 pfn, u64 nr)
 	u64 *first = &t->pfns[index / nr_pages];
 	u64 i;
 
-	TEST_ASSERT(is_power_of_2(nr) && IS_ALIGNED(index, nr) && IS_ALIGNED(pfn, nr),
+	TEST_ASSERT(is_power_of_2(nr) && !((index | pfn) & (nr - 1)),
 		    "0x%lx pages at 0x%lx, pfn 0x%lx", nr, index, pfn);
 	TEST_ASSERT(index % nr_pages + nr <= nr_pages, "More than a page of the file");
 
@@ -160,7 +143,7 @@ static void tell(struct hooks_test *t, u64 index, u64 pfn, u64 nr)
 	TEST_ASSERT_EQ(pfn, *first + index % nr_pages);
 
 	for (i = index; i < index + nr; i++)
-		if (t->told[i] < U8_MAX)
+		if (t->told[i] < UCHAR_MAX)
 			t->told[i]++;
 }
 
@@ -185,19 +168,20 @@ static void read_hook(struct hooks_test *t, bool to_private)
 	memset(t->told, 0, t->size / SZ_4K);
 	while (fgets(line, sizeof(line), file)) {
 		TEST_ASSERT(!strstr(line, "LOST"), "The trace has not all events");
-		if (!strstr(line, to_private ? "to_private: (" : "to_shared: ("))
+		args = strstr(line, to_private ? TO_PRIVATE ": " : RECLAIM ": ");
+		if (!args)
 			continue;
 
-		args = strchr(line, ')');
+		args = strchr(args, ' ');
 		if (to_private) {
-			if (sscanf(args, ") gfn=%lx pfn=%lx nr=%lx", &gfn, &pfn, &nr) != 3)
+			if (sscanf(args, " gfn %lx pfn %lx nr_pages %lx", &gfn, &pfn, &nr) != 3)
 				TEST_FAIL("Can't read: %s", line);
 			TEST_ASSERT(gfn >= (GMEM_GPA + t->start) / SZ_4K &&
 				    gfn + nr <= (GMEM_GPA + t->size) / SZ_4K,
 				    "Not in the slot: 0x%lx pages at 0x%lx", nr, gfn);
 			tell(t, gfn - GMEM_GPA / SZ_4K, pfn, nr);
 		} else {
-			if (sscanf(args, ") pfn=%lx nr=%lx", &pfn, &nr) != 2)
+			if (sscanf(args, " pfn %lx nr_pages %lx", &pfn, &nr) != 2)
 				TEST_FAIL("Can't read: %s", line);
 			tell(t, index_of_pfn(t, pfn), pfn, nr);
 		}
