@@ -74,16 +74,75 @@ static unsigned int guestmem_file_part_order(const struct guestmem_allocator *gm
 	return guestmem_part_order(gm, PMD_ORDER);
 }
 
-/* Store an entry in place of one, or of many, that cover the same indices. */
-static void guestmem_replace(struct address_space *mapping, pgoff_t index,
-			     unsigned int order, void *entry)
+/*
+ * Store an entry in place of one, or of many, that cover the same indices, with a node
+ * that may be needed for it.
+ */
+static void guestmem_replace_with_node(struct address_space *mapping, pgoff_t index,
+				       unsigned int order, void *entry,
+				       struct xa_node *node)
 {
 	XA_STATE_ORDER(xas, &mapping->i_pages, index, order);
 
+	xas.xa_alloc = node;
 	xas_lock_irq(&xas);
 	xas_store(&xas, entry);
 	xas_unlock_irq(&xas);
-	VM_WARN_ON_ONCE(xas_error(&xas));
+	WARN_ON_ONCE(xas_error(&xas));
+	xas_destroy(&xas);
+}
+
+static void guestmem_replace(struct address_space *mapping, pgoff_t index,
+			     unsigned int order, void *entry)
+{
+	guestmem_replace_with_node(mapping, index, order, entry, NULL);
+}
+
+/*
+ * An entry at index 0 can have as many indices as a node has only below another node.
+ * The page cache drops that when nothing is left but what is in place of the entry.  Get
+ * a new one if it has.
+ */
+static int guestmem_prepare_root(struct address_space *mapping, pgoff_t index,
+				 unsigned int order, struct xa_node **root)
+{
+	XA_STATE(xas, &mapping->i_pages, 1UL << order);
+
+	*root = NULL;
+	if (index)
+		return 0;
+
+	rcu_read_lock();
+	xas_load(&xas);
+	rcu_read_unlock();
+	if (xas.xa_node != XAS_BOUNDS)
+		return 0;
+
+	xas_set_err(&xas, -ENOMEM);
+	if (!xas_nomem(&xas, GFP_KERNEL))
+		return -ENOMEM;
+
+	*root = xas.xa_alloc;
+	return 0;
+}
+
+/* Have one placeholder for all of a page, for which there is a root if needed. */
+static void guestmem_use_root(struct address_space *mapping, pgoff_t index,
+			      unsigned int order, struct xa_node **root)
+{
+	if (*root)
+		guestmem_replace_with_node(mapping, index, order, guestmem_placeholder(),
+					   *root);
+	*root = NULL;
+}
+
+static void guestmem_free_root(struct address_space *mapping, struct xa_node **root)
+{
+	XA_STATE(xas, &mapping->i_pages, 0);
+
+	xas.xa_alloc = *root;
+	xas_destroy(&xas);
+	*root = NULL;
 }
 
 /* Make a placeholder for a page that the file does not have yet. */
@@ -172,7 +231,7 @@ static bool guestmem_is_held(struct address_space *mapping, pgoff_t index)
 	return xa_is_value(xa_load(&mapping->i_pages, index));
 }
 
-/* Have one placeholder of a part instead of many. */
+/* Have one placeholder of a part instead of many.  Do not free all nodes in one go. */
 static void guestmem_merge_placeholders(struct guestmem_allocator *gm, pgoff_t index)
 {
 	unsigned int order = guestmem_file_part_order(gm) ?: gm->order;
@@ -213,11 +272,10 @@ static void guestmem_report_error(struct address_space *mapping, struct folio *f
 		mapping->a_ops->error_remove_folio(mapping, folio);
 }
 
-/* Put a whole huge page there.  Do not free all nodes of the page cache in one go. */
+/* Put a whole huge page there, whose placeholders have been merged. */
 static void guestmem_publish_whole(struct guestmem_allocator *gm, pgoff_t index,
 				   struct folio *folio)
 {
-	guestmem_merge_placeholders(gm, index);
 	guestmem_publish(gm->mapping, index, folio);
 	guestmem_report_error(gm->mapping, folio);
 }
@@ -246,13 +304,13 @@ static void guestmem_publish_pieces(struct address_space *mapping,
 	pgoff_t i;
 
 	for (i = start; i < end; i += folio_nr_pages(folio)) {
+		if (!(i % SZ_1K))
+			cond_resched();
 		folio = page_folio(guestmem_page(hp, i));
 		if (!guestmem_is_held(mapping, i))
 			continue;
 		folio->private = hp;
 		guestmem_publish(mapping, i, folio);
-		if (!(i % SZ_1K))
-			cond_resched();
 	}
 
 	guestmem_mark_poisoned(&hp->folio, guestmem_page(hp, start), end - start);
@@ -678,7 +736,10 @@ static int guestmem_prepare_merge(struct guestmem_allocator *gm,
 		return r;
 
 	hp->is_merging = guestmem_is_held(gm->mapping, hp->index);
-	return hp->is_merging ? 0 : guestmem_prepare_merge_parts(gm, c, hp);
+	if (!hp->is_merging)
+		return guestmem_prepare_merge_parts(gm, c, hp);
+
+	return guestmem_prepare_root(gm->mapping, hp->index, gm->order, &hp->root);
 }
 
 static void guestmem_abort_hugepage(struct guestmem_allocator *gm,
@@ -686,14 +747,17 @@ static void guestmem_abort_hugepage(struct guestmem_allocator *gm,
 {
 	list_del(&hp->node);
 	if (hp->is_new) {
-		if (guestmem_is_held(gm->mapping, hp->index))
+		if (guestmem_is_held(gm->mapping, hp->index)) {
+			guestmem_merge_placeholders(gm, hp->index);
 			guestmem_publish_whole(gm, hp->index, page_folio(hp->page));
+		}
 		guestmem_hugepage_abort(hp);
 		return;
 	}
 
 	guestmem_publish_pieces(gm->mapping, hp, hp->index,
 				hp->index + (1UL << gm->order));
+	guestmem_free_root(gm->mapping, &hp->root);
 	hugetlb_vmemmap_free_pages(&hp->vmemmap_pages);
 }
 
@@ -726,10 +790,13 @@ static void guestmem_merge_all(struct guestmem_allocator *gm,
 	/* It may have got one since. */
 	if (guestmem_range_has_poison(hp, index, end)) {
 		guestmem_publish_pieces(gm->mapping, hp, index, end);
+		guestmem_free_root(gm->mapping, &hp->root);
 		return;
 	}
 
 	trace_guestmem_merge(gm->mapping->host, index, hp->part_order, gm->order);
+	guestmem_merge_placeholders(gm, index);
+	guestmem_use_root(gm->mapping, index, gm->order, &hp->root);
 	guestmem_publish_whole(gm, index, guestmem_hugepage_merge(hp));
 }
 

@@ -24,6 +24,7 @@
  * @node: in &guestmem_change.list, or among those that are about to be freed
  * @is_new: the page is still whole, and about to be taken apart
  * @is_merging: all of it is about to be put together
+ * @root: node of the page cache that this needs, and that the page cache has not, or NULL
  *
  * @folio is not a page.  It stands for one in the pool's list of pages that are in
  * use, so that a hugetlb cgroup that goes away finds what is charged to it.
@@ -42,6 +43,7 @@ struct guestmem_hugepage {
 	struct list_head node;
 	bool is_new;
 	bool is_merging;
+	struct xa_node *root;
 };
 
 struct guestmem_hugepage *guestmem_hugepage_prepare(struct folio *folio,

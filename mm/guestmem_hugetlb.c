@@ -138,17 +138,12 @@ static struct folio *guestmem_hugetlb_get(struct guestmem_allocator *gm,
 #ifdef CONFIG_NUMA
 	mpoli.mode = policy->mode;
 #endif
-	/*
-	 * What userspace can map it can pin for good, and pages do not migrate out of
-	 * where such pages must not be.
-	 */
-	if (gm->is_private || gm->is_mappable)
-		pin = memalloc_pin_save();
+	/* It will not migrate out of where pages have to. */
+	pin = memalloc_pin_save();
 	folio = hugetlb_alloc_folio(gh->h, &mpoli, current->mm,
 				    HUGETLB_ALLOC_USE_GLOBAL_RESERVATIONS |
 				    HUGETLB_ALLOC_NO_SURPLUS);
-	if (gm->is_private || gm->is_mappable)
-		memalloc_pin_restore(pin);
+	memalloc_pin_restore(pin);
 	mpol_cond_put(shared);
 
 	if (IS_ERR(folio)) {

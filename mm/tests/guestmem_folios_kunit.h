@@ -143,32 +143,44 @@ static void guestmem_kunit_split_whole(struct kunit *test)
 	guestmem_kunit_split(test, gk->start, gk->order, gk->part_order);
 }
 
-/* As guestmem_merge_all() does it. */
+/* As guestmem_prepare_merge() and guestmem_merge_all() do it. */
 static void guestmem_kunit_merge_all(struct kunit *test)
 {
 	struct guestmem_kunit *gk = test->priv;
+	struct xa_node *root;
 	pgoff_t i;
 
+	KUNIT_ASSERT_EQ(test, 0, guestmem_prepare_root(&gk->mapping, gk->start, gk->order,
+						       &root));
 	for (i = gk->start; i < gk->end; i += 1UL << gk->part_order)
 		guestmem_kunit_hold(test, i, i + (1UL << gk->part_order), gk->part_order);
+	guestmem_kunit_expect_no_allocation(true, test);
+	guestmem_use_root(&gk->mapping, gk->start, gk->order, &root);
+	guestmem_kunit_expect_no_allocation(false, test);
 	guestmem_kunit_store(test, gk->start, gk->end, gk->order);
 }
 
-static int guestmem_kunit_init(struct kunit *test)
+static struct guestmem_kunit *guestmem_kunit_alloc(struct kunit *test, pgoff_t nr)
 {
 	const struct guestmem_orders *orders = test->param_value;
 	struct guestmem_kunit *gk;
 
 	gk = kunit_kzalloc(test, sizeof(*gk), GFP_KERNEL);
 	KUNIT_ASSERT_NOT_NULL(test, gk);
-	test->priv = gk;
 	xa_init_flags(&gk->mapping.i_pages, XA_FLAGS_LOCK_IRQ | XA_FLAGS_ACCOUNT);
 
 	gk->order = orders->order;
 	gk->part_order = orders->part_order ?: orders->order;
-	gk->start = 1UL << gk->order;
-	gk->end = 2UL << gk->order;
+	gk->start = nr << gk->order;
+	gk->end = (nr + 1) << gk->order;
+	return gk;
+}
 
+static int guestmem_kunit_init(struct kunit *test)
+{
+	struct guestmem_kunit *gk = guestmem_kunit_alloc(test, 1);
+
+	test->priv = gk;
 	KUNIT_ASSERT_EQ(test, 0, guestmem_add_placeholder(&gk->mapping, gk->start - 1, 0));
 	KUNIT_ASSERT_EQ(test, 0, guestmem_add_placeholder(&gk->mapping, gk->end, 0));
 	guestmem_kunit_store(test, gk->start - 1, gk->start, 0);
@@ -279,11 +291,45 @@ static void all_in_pages(struct kunit *test)
 	guestmem_kunit_merge_all(test);
 }
 
+/*
+ * The page cache has become as low as it can be when the huge page at index 0 is the only
+ * one, and has to grow when that is one entry again.
+ */
+static void first_page_is_left_alone(struct kunit *test)
+{
+	struct guestmem_kunit *gk, *neighbors = test->priv;
+	const pgoff_t others[] = { 1, 2, XA_CHUNK_SIZE };
+	struct address_space *mapping;
+	pgoff_t other;
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(others); i++) {
+		gk = guestmem_kunit_alloc(test, 0);
+		test->priv = gk;
+		mapping = &gk->mapping;
+		other = others[i] << gk->order;
+
+		KUNIT_ASSERT_EQ(test, 0, guestmem_add_placeholder(mapping, 0, gk->order));
+		KUNIT_ASSERT_EQ(test, 0, guestmem_add_placeholder(mapping, other, gk->order));
+		guestmem_kunit_split_whole(test);
+		guestmem_kunit_split(test, 0, gk->part_order, 0);
+		guestmem_del_placeholder(mapping, other, gk->order);
+		guestmem_kunit_merge_all(test);
+
+		guestmem_del_placeholder(mapping, 0, gk->order);
+		KUNIT_EXPECT_EQ(test, mapping->nrpages, 0);
+		KUNIT_EXPECT_TRUE(test, xa_empty(&mapping->i_pages));
+		xa_destroy(&mapping->i_pages);
+	}
+	test->priv = neighbors;
+}
+
 static struct kunit_case guestmem_folios_test_cases[] = {
 	KUNIT_CASE_PARAM(orders_of_parts, guestmem_orders_gen_params),
 	KUNIT_CASE_PARAM(abort_puts_the_whole_back, guestmem_orders_gen_params),
 	KUNIT_CASE_PARAM(one_part_in_pages, guestmem_orders_gen_params),
 	KUNIT_CASE_PARAM(all_in_pages, guestmem_orders_gen_params),
+	KUNIT_CASE_PARAM(first_page_is_left_alone, guestmem_orders_gen_params),
 	{}
 };
 

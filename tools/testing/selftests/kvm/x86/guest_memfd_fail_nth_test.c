@@ -674,6 +674,8 @@ FIXTURE_VARIANT(split_nth)
 	u64 shared;
 	u64 offset, size;
 	bool allocate;
+	/* Split while there are other huge pages, merged when there are none. */
+	bool alone;
 };
 
 FIXTURE_VARIANT_ADD(split_nth, 2m_page)
@@ -695,8 +697,8 @@ FIXTURE_VARIANT_ADD(split_nth, 2m_allocate)
 
 FIXTURE_VARIANT_ADD(split_nth, 1g_page)
 {
-	.page_size = SZ_1G, .nr = 1, .shared = -1, .offset = SZ_2M + SZ_4K,
-	.size = SZ_4K,
+	.page_size = SZ_1G, .nr = 2, .shared = -1, .offset = SZ_2M + SZ_4K,
+	.size = SZ_4K, .alone = true,
 };
 
 FIXTURE_VARIANT_ADD(split_nth, 1g_part)
@@ -764,6 +766,21 @@ static int merge_step(struct nth_test *t, const struct _fixture_variant_split_nt
 		return fallocate(t->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, v->offset,
 				 v->size);
 	return convert_step(t, v, KVM_MEMORY_ATTRIBUTE_PRIVATE);
+}
+
+/* To be merged again; but for the pages that are in use, the page cache is as it was. */
+static int split_before_merge(struct nth_test *t, const struct _fixture_variant_split_nth *v)
+{
+	const u64 others = v->alone ? (v->nr - 1) * v->page_size : 0;
+	int r;
+
+	if (others)
+		kvm_fallocate(t->fd, FALLOC_FL_KEEP_SIZE, v->page_size, others);
+	r = split_step(t, v);
+	if (others)
+		kvm_fallocate(t->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+			      v->page_size, others);
+	return r;
 }
 
 typedef int (*step_fn)(struct nth_test *t, const struct _fixture_variant_split_nth *v);
@@ -846,29 +863,32 @@ static long count_allocations(struct nth_test *t, int check,
 
 /*
  * The attributes may need memory for that, but not the folios: it is as much as for
- * a file that has nothing to merge.
+ * a file that has nothing to merge, and a node of the page cache if that has become lower.
  */
 TEST_F_TIMEOUT(split_nth, merge, SLOW)
 {
+	struct _fixture_variant_split_nth v = *variant;
 	struct nth_test base = self->t;
 	long nr;
 
-	prepare_split(&self->t, variant);
-	TEST_ASSERT(!split_step(&self->t, variant), "Can't split: errno %d", errno);
-	nr = count_allocations(&self->t, self->check, variant, merge_step, split_step);
-	TEST_ASSERT(!merge_step(&self->t, variant), "Can't merge: errno %d", errno);
-	check_memory(&self->t, variant);
+	prepare_split(&self->t, &v);
+	TEST_ASSERT(!split_before_merge(&self->t, &v), "Can't split: errno %d", errno);
+	nr = count_allocations(&self->t, self->check, &v, merge_step, split_before_merge);
+	TEST_ASSERT(!merge_step(&self->t, &v), "Can't merge: errno %d", errno);
+	if (v.alone)
+		v.nr = 1;
+	check_memory(&self->t, &v);
 
-	base.fd = vm_create_guest_memfd(base.vm, variant->nr * variant->page_size,
-					GUEST_MEMFD_FLAG_MMAP);
-	if (!variant->allocate)
-		kvm_fallocate(base.fd, FALLOC_FL_KEEP_SIZE, variant->offset, variant->size);
-	if (variant->shared != -1)
-		TEST_ASSERT(!gmem_convert(base.fd, variant->shared, SZ_4K, 0, NULL),
+	v.alone = false;
+	base.fd = vm_create_guest_memfd(base.vm, v.nr * v.page_size, GUEST_MEMFD_FLAG_MMAP);
+	if (!v.allocate)
+		kvm_fallocate(base.fd, FALLOC_FL_KEEP_SIZE, v.offset, v.size);
+	if (v.shared != -1)
+		TEST_ASSERT(!gmem_convert(base.fd, v.shared, SZ_4K, 0, NULL),
 			    "Can't convert: errno %d", errno);
-	TEST_ASSERT(!split_step(&base, variant), "Can't share: errno %d", errno);
-	EXPECT_EQ(count_allocations(&base, self->check, variant, merge_step, split_step),
-		  nr);
+	TEST_ASSERT(!split_step(&base, &v), "Can't share: errno %d", errno);
+	EXPECT_EQ(count_allocations(&base, self->check, &v, merge_step, split_step) +
+		  variant->alone, nr);
 	kvm_close(base.fd);
 }
 
