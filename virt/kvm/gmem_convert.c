@@ -277,7 +277,7 @@ static int gmem_convert_prepare(struct gmem_conversion *c)
 }
 
 #ifdef CONFIG_HAVE_KVM_ARCH_GMEM_RECLAIM
-/* Attributes are still those from before, and have told what folios there have to be. */
+/* All folios are single pages by now, and the attributes are still what they were. */
 static int gmem_convert_make_shared(struct gmem_conversion *c, struct folio *folio)
 {
 	struct gmem_attributes *ga = &GMEM_I(c->inode)->attributes;
