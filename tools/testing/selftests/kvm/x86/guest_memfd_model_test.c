@@ -323,6 +323,8 @@ static void run(size_t page_size, long nr_huge, u64 seed, long nr)
 			pick -= operations[i].weight;
 		operations[i].fn();
 		gmem_check(m.check, m.fd, true);
+		if ((n + 1) % 500 == 0)
+			ksft_print_msg("%ld operations done\n", n + 1);
 	}
 	destroy();
 	ksft_test_result_pass("model.%s\n", hugetlb_size_name(page_size));
