@@ -295,6 +295,13 @@ static void guestmem_report_errors(struct address_space *mapping,
 	}
 }
 
+/* Nobody can map the folio, or nobody can any more. */
+static void guestmem_set_type(struct folio *folio)
+{
+	if (!folio_test_guestmem(folio))
+		__folio_set_guestmem(folio);
+}
+
 /* Put pieces of a huge page into the page cache, where they are not. */
 static void guestmem_publish_pieces(struct address_space *mapping,
 				    struct guestmem_hugepage *hp, pgoff_t start,
@@ -310,6 +317,8 @@ static void guestmem_publish_pieces(struct address_space *mapping,
 		if (!guestmem_is_held(mapping, i))
 			continue;
 		folio->private = hp;
+		if (folio_test_large(folio) && !hp->is_mappable)
+			guestmem_set_type(folio);
 		guestmem_publish(mapping, i, folio);
 	}
 
@@ -453,15 +462,11 @@ int guestmem_folios_add(struct guestmem_allocator *gm, struct folio *folio,
 	struct guestmem_hugepage *hp;
 	int r;
 
-	r = guestmem_freeze_new(folio);
-	if (r)
-		goto err_put;
-
 	r = -ENOMEM;
 	hp = guestmem_hugepage_prepare(folio, guestmem_file_part_order(gm),
 				       !gm->is_private);
 	if (!hp)
-		goto err_unfreeze;
+		goto err_put;
 	hp->index = index;
 
 	r = guestmem_add_placeholder(gm->mapping, index, gm->order);
@@ -469,6 +474,11 @@ int guestmem_folios_add(struct guestmem_allocator *gm, struct folio *folio,
 		goto err_abort;
 
 	r = guestmem_prepare_parts(gm, hp, NULL);
+	if (r)
+		goto err_del;
+
+	/* Last of all, as there are some that wait for a frozen HugeTLB folio to be free. */
+	r = guestmem_freeze_new(folio);
 	if (r)
 		goto err_del;
 
@@ -481,8 +491,6 @@ err_del:
 	guestmem_del_placeholder(gm->mapping, index, gm->order);
 err_abort:
 	guestmem_hugepage_abort(hp);
-err_unfreeze:
-	folio_ref_unfreeze(folio, 1);
 err_put:
 	folio_put(folio);
 	return r;
@@ -526,7 +534,7 @@ static void guestmem_remove_piece(struct guestmem_allocator *gm,
 	unsigned int order = folio_order(folio);
 
 	folio_lock(folio);
-	__folio_set_guestmem(folio);
+	guestmem_set_type(folio);
 	atomic_long_add(1L << order, &hp->nr_out);
 	guestmem_del_placeholder(gm->mapping, folio->index, order);
 	folio->mapping = NULL;
@@ -607,11 +615,15 @@ unsigned int guestmem_folios_max_order(struct guestmem_allocator *gm,
 static int guestmem_hold_busy(struct guestmem_allocator *gm, struct guestmem_change *c,
 			      const pgoff_t *busy, unsigned int nr)
 {
+	struct folio *folio;
 	unsigned int i;
 
 	for (i = 0; i < nr; i++) {
-		while (!guestmem_hold(gm->mapping,
-				      xa_load(&gm->mapping->i_pages, busy[i]))) {
+		folio = xa_load(&gm->mapping->i_pages, busy[i]);
+		while (!guestmem_hold(gm->mapping, folio)) {
+			/* Leave the time for those that are not memory_failure()'s. */
+			if (c->private && folio_test_hwpoison(folio))
+				return -EAGAIN;
 			if (c->wait(c))
 				continue;
 			/* What is to blame may be a neighbor. */
@@ -633,7 +645,6 @@ static int guestmem_hold_range(struct guestmem_allocator *gm,
 	struct folio *folio;
 	int r = 0;
 
-	c->merges |= c->private;
 	for (; index < end && !r; index += folio_nr_pages(folio)) {
 		folio = xa_load(&gm->mapping->i_pages, index);
 		if (!guestmem_hold(gm->mapping, folio))
@@ -691,6 +702,7 @@ static int guestmem_hold_for_merge(struct guestmem_allocator *gm,
 	if (guestmem_range_has_poison(hp, start, end))
 		return 0;
 
+	c->merges |= hp->optimized;
 	r = guestmem_hold_range(gm, c, start, end);
 	if (r == -EAGAIN && guestmem_range_has_poison(hp, start, end)) {
 		guestmem_publish_pieces(gm->mapping, hp, start, end);
@@ -916,6 +928,9 @@ int guestmem_folios_prepare(struct guestmem_allocator *gm, struct guestmem_chang
 			r = -EINTR;
 	}
 
+	/* See guestmem_hugepage_merge_part().  In commit guests would wait for it. */
+	if (!r && c->merges)
+		synchronize_rcu_expedited();
 	if (r)
 		guestmem_folios_abort(gm, c);
 
@@ -928,10 +943,6 @@ void guestmem_folios_commit(struct guestmem_allocator *gm, struct guestmem_chang
 	struct guestmem_hugepage *hp, *next;
 
 	lockdep_assert_held_write(&gm->mapping->invalidate_lock);
-
-	/* See guestmem_hugepage_merge_part(). */
-	if (c->merges)
-		synchronize_rcu_expedited();
 
 	list_for_each_entry_safe(hp, next, &c->list, node) {
 		list_del(&hp->node);

@@ -24,8 +24,9 @@
  * If the vmemmap of the huge page is optimized, that of parts of PMD_ORDER is, too,
  * unless userspace can map them: for that each page needs a struct page of its own.
  *
- * A piece that is no longer in a file is of type guestmem.  Its last reference may be
- * dropped in any context, after the file and KVM have gone.  It is only counted then.
+ * A piece that nobody can map is of type guestmem: a part that is private, and whatever
+ * is no longer in a file.  The last reference to that may be dropped in any context,
+ * after the file and KVM have gone.  It is only counted then.
  * When all pieces of a huge page have come back, that is put together and freed as
  * any HugeTLB page.  In the meantime the pool has it as a page that is in use.
  */

@@ -51,7 +51,7 @@ struct guestmem_allocator {
  * @wait: waits a little for references to go; false if that has been done long enough
  * @error: index of the page that is to blame if that fails
  * @list: what the allocator is going to change
- * @merges: whether it is going to put folios together
+ * @merges: whether it is going to put folios together that are optimized then
  */
 struct guestmem_change {
 	pgoff_t start;
@@ -141,7 +141,8 @@ struct guestmem_allocator_operations {
 	 * A page of the file is contiguous and naturally aligned in memory, so
 	 * that is a matter of memory errors alone.
 	 *
-	 * Context: Any.  The caller has a reference to @folio, or its lock.
+	 * Context: May be atomic, but not with interrupts disabled.  The caller has
+	 * a reference to @folio, or its lock.
 	 * Return: The order of a naturally aligned block that @folio lies in,
 	 * at least that of @folio.
 	 */

@@ -23,6 +23,7 @@
  * at some time during the call.  Whoever needs to know more holds the lock, or
  * looks at mmu_invalidate_seq afterward, as vCPU faults do.
  */
+#include <linux/kvm.h>
 #include <linux/kvm_types.h>
 #include <linux/rcupdate.h>
 #include <linux/rwsem.h>
@@ -108,7 +109,9 @@ struct gmem_attributes_range gmem_attributes_get(struct gmem_attributes *ga,
 		.last = mas.last,
 		.attributes = entry_to_attributes(entry),
 	};
-	WARN_ON_ONCE(!entry);
+	/* What the file does not have is nothing for the host. */
+	if (WARN_ON_ONCE(!entry))
+		range.attributes = KVM_MEMORY_ATTRIBUTE_PRIVATE;
 
 	return range;
 }

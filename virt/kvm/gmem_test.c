@@ -195,8 +195,8 @@ static const char *kvm_gmem_test_folio(struct inode *inode, struct folio *folio,
 		return "not up to date";
 	if (folio_test_hugetlb(folio) != (order && order == file_order && !is_mappable))
 		return "wrong type";
-	if (folio_test_guestmem(folio))
-		return "type of one that has left the file";
+	if (folio_test_guestmem(folio) != (order && order != file_order && !is_mappable))
+		return order ? "wrong type of a part" : "type of one that has left the file";
 	if (folio_test_lru(folio) && file_order)
 		return "on the LRU";
 	if ((!order || is_mappable) && !kvm_gmem_test_is_writable(&folio->page, order))

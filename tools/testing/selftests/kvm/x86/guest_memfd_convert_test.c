@@ -1118,6 +1118,11 @@ TEST_F_TIMEOUT(convert, doors_are_shut_for_private_memory, SLOW)
 	kvm_munmap(to, size);
 }
 
+TEST_F_TIMEOUT(convert, nothing_is_beyond_the_file, SLOW)
+{
+	gmem_expect_nothing_beyond(self->t.fd);
+}
+
 struct knocking {
 	struct convert_test *t;
 	bool stop;

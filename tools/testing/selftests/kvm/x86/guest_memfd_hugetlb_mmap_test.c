@@ -365,6 +365,37 @@ TEST_F_TIMEOUT(mmap, memory_error, SLOW)
 	ASSERT_EQ(0, gmem_unpoison(pfn & ~(t->page_size / SZ_4K - 1)));
 }
 
+TEST_F_TIMEOUT(mmap, nothing_is_beyond_the_file, SLOW)
+{
+	gmem_expect_nothing_beyond(self->t.fd);
+}
+
+/* The guest has what is in the file, whatever is mapped where the host said that is. */
+TEST_F_TIMEOUT(mmap, neighbors_are_the_files, SLOW)
+{
+	struct mmap_test *t = &self->t;
+	const gpa_t gpa = GMEM_GPA + GMEM_WINDOW - SZ_1G;
+	const u64 size = 64 * SZ_4K;
+	char *elsewhere = kvm_mmap(size, PROT_READ | PROT_WRITE,
+				   MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	int fd = vm_create_guest_memfd(t->vm, size, FLAGS), i;
+
+	memset(elsewhere, 0xee, size);
+	vm_set_user_memory_region2(t->vm, GMEM_SLOT + 1, KVM_MEM_GUEST_MEMFD, gpa, size,
+				   elsewhere, fd, 0);
+	gmem_guest_do(t->vcpu, GMEM_WRITE, gpa, size, SZ_4K, PATTERN);
+
+	/* Now the pages are there, and the guest's mappings of them are not. */
+	gmem_delete_slot(t->vm, GMEM_SLOT + 1);
+	vm_set_user_memory_region2(t->vm, GMEM_SLOT + 1, KVM_MEM_GUEST_MEMFD, gpa, size,
+				   elsewhere, fd, 0);
+	gmem_guest_do(t->vcpu, GMEM_CHECK, gpa, size, SZ_4K, PATTERN);
+	for (i = 0; i < size; i++)
+		TEST_ASSERT_EQ((u8)elsewhere[i], 0xee);
+	kvm_munmap(elsewhere, size);
+	kvm_close(fd);
+}
+
 /* A file that the host cannot map: nothing is taken apart for that. */
 TEST_F_TIMEOUT(mmap, file_without_mmap, SLOW)
 {

@@ -48,6 +48,9 @@ struct large_test {
 	u64 nr_mincore;
 	u64 max_delay;
 	u64 nr_naps;
+	u64 max_mmap;
+	u64 nr_mmap;
+	u64 nr_faults;
 };
 
 FIXTURE(large)
@@ -200,6 +203,59 @@ static void convert_all_beside_others(struct large_test *t)
 	print_value("not_preemptible_at_most", t->max_delay + NAP_NS);
 }
 
+/* Waits for each conversion, in a fault. */
+static void *fault(void *arg)
+{
+	struct large_test *t = arg;
+	u64 i;
+
+	for (i = 0; !READ_ONCE(t->stop); i = (i + SZ_4K) % t->size) {
+		madvise(t->mem + i, SZ_4K, MADV_POPULATE_READ);
+		WRITE_ONCE(t->nr_faults, t->nr_faults + 1);
+	}
+	return NULL;
+}
+
+static void *map(void *arg)
+{
+	struct large_test *t = arg;
+	u64 start;
+	void *p;
+
+	while (!READ_ONCE(t->stop)) {
+		start = now();
+		p = mmap(NULL, SZ_4K, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		TEST_ASSERT(p != MAP_FAILED, "mmap() failed");
+		munmap(p, SZ_4K);
+		t->max_mmap = max(t->max_mmap, now() - start);
+		WRITE_ONCE(t->nr_mmap, t->nr_mmap + 1);
+	}
+	return NULL;
+}
+
+/* Returns how long it took. */
+static u64 share_all_beside_faults(struct large_test *t)
+{
+	pthread_t faulter, mapper;
+	u64 took;
+
+	WRITE_ONCE(t->stop, false);
+	pthread_create(&faulter, NULL, fault, t);
+	pthread_create(&mapper, NULL, map, t);
+	while (!READ_ONCE(t->nr_faults) || !READ_ONCE(t->nr_mmap))
+		sched_yield();
+	took = convert(t, 0, t->size, SHARED);
+	WRITE_ONCE(t->stop, true);
+	pthread_join(faulter, NULL);
+	pthread_join(mapper, NULL);
+	convert(t, 0, t->size, PRIVATE);
+
+	print_value("beside_faults_all_to_shared_per_gib", took / (t->size / SZ_1G));
+	print_value("longest_mmap", t->max_mmap);
+	print_value("nr_mmap", t->nr_mmap);
+	return took;
+}
+
 FIXTURE_SETUP(large)
 {
 	const char *reason = gmem_unavailable(SZ_1G);
@@ -222,6 +278,7 @@ TEST_F_TIMEOUT(large, all_in_one_call, SLOW)
 {
 	struct large_test *t = &self->t;
 	unsigned char *vec = malloc(SZ_1G / SZ_4K);
+	u64 took;
 
 	create(t, SZ_1G);
 	convert_one(t, "small_file");
@@ -238,6 +295,10 @@ TEST_F_TIMEOUT(large, all_in_one_call, SLOW)
 	EXPECT_LT(0, t->nr_mincore);
 	EXPECT_LT(0, t->nr_naps);
 	EXPECT_LT(t->max_delay, MAX_DELAY_NS);
+
+	/* A fault that waits for a conversion keeps nobody else waiting. */
+	took = share_all_beside_faults(t);
+	EXPECT_LT(t->max_mmap, took / 4);
 	destroy(t);
 }
 

@@ -7,6 +7,8 @@
  * and guest and host look at the contents of every page.
  */
 #include <fcntl.h>
+#include <stdio.h>
+
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/resource.h>
@@ -18,6 +20,7 @@
 #include <linux/kvm.h>
 #include <linux/sizes.h>
 
+#include "cgroup_util.h"
 #include "kvm_test_harness.h"
 #include "gmem_guest.h"
 #include "hugetlb_util.h"
@@ -306,6 +309,43 @@ TEST_F_TIMEOUT(split, combs, SLOW)
 	share_and_merge_comb(t, 0, SZ_2M, t->size / SZ_2M);
 	share_and_merge_comb(t, t->size - SZ_2M, SZ_4K, PAGES_PER_PART);
 	share_and_merge_comb(t, t->size / 2 + SZ_4K, SZ_8K, PAGES_PER_PART / 2);
+}
+
+static long kernel_memory(void)
+{
+	return cg_read_key_long(hugetlb_cgroup_path(), "memory.stat", "kernel ");
+}
+
+/* What is a few pages only may not be told at once. */
+static long wait_for_kernel_memory(long min, long max)
+{
+	int i;
+
+	for (i = 0; i < 1000 && (kernel_memory() < min || kernel_memory() > max); i++)
+		usleep(10 * 1000);
+	return kernel_memory();
+}
+
+/* Guests decide how many struct pages there have to be, so their cgroup pays for them. */
+TEST_F_TIMEOUT(split, struct_pages_are_charged, SLOW)
+{
+	struct split_test *t = &self->t;
+	const long nr_huge = t->size / t->page_size;
+	/* All of them but those that the huge pages have anyway, 64 bytes for 4 KiB. */
+	const long nr_bytes = t->size / SZ_4K * 64 - nr_huge * SZ_4K;
+	long before, split;
+
+	ASSERT_TRUE(hugetlb_cgroup_enter("gmem_split"));
+	convert(t, 0, t->size, PRIVATE);
+	kvm_fallocate(t->fd, FALLOC_FL_KEEP_SIZE, 0, t->size);
+	before = kernel_memory();
+	convert_comb(t, 0, SZ_2M, t->size / SZ_2M, SHARED);
+	split = wait_for_kernel_memory(before + nr_bytes, LONG_MAX);
+	EXPECT_LE(before + nr_bytes, split);
+	convert_comb(t, 0, SZ_2M, t->size / SZ_2M, PRIVATE);
+	EXPECT_GE(split - nr_bytes, wait_for_kernel_memory(0, split - nr_bytes));
+	hugetlb_cgroup_leave();
+	EXPECT_EQ(0, hugetlb_cgroup_remove());
 }
 
 /* Ranges that begin and end anywhere, over more than one huge page. */

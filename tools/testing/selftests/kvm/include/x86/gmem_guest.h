@@ -80,6 +80,9 @@ void gmem_guest_set_call(struct kvm_vcpu *vcpu, void *fn, u64 a, u64 b, u64 c,
  */
 int gmem_guest_run(struct kvm_vcpu *vcpu);
 
+/* A mapping of @fd shows nothing where an index of the file is negative in bytes. */
+void gmem_expect_nothing_beyond(int fd);
+
 /* KVM_SET_MEMORY_ATTRIBUTES2; @error is set to its error_offset, unless NULL. */
 int gmem_convert(int fd, u64 offset, u64 size, u64 attributes, u64 *error);
 

@@ -169,6 +169,21 @@ void gmem_guest_do(struct kvm_vcpu *vcpu, enum gmem_op op, gpa_t gpa, u64 size,
 		    vcpu->run->memory_fault.gpa);
 }
 
+/* mmap() does not get there, but mremap() does. */
+void gmem_expect_nothing_beyond(int fd)
+{
+	const u64 offset = (1ull << 63) - 2 * SZ_4K, nr_pages = 4;
+	char *p = mmap(NULL, SZ_4K, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset);
+	int i;
+
+	TEST_ASSERT(p != MAP_FAILED, "mmap() failed");
+	p = mremap(p, SZ_4K, nr_pages * SZ_4K, MREMAP_MAYMOVE);
+	TEST_ASSERT(p != MAP_FAILED, "mremap() failed");
+	for (i = 0; i < nr_pages; i++)
+		TEST_EXPECT_SIGBUS(READ_ONCE(p[i * SZ_4K]));
+	kvm_munmap(p, nr_pages * SZ_4K);
+}
+
 int gmem_convert(int fd, u64 offset, u64 size, u64 attributes, u64 *error)
 {
 	struct kvm_memory_attributes2 attrs = {
