@@ -29,8 +29,8 @@
  * - Commit: make new folios of the memory, and put these in place of placeholders.
  * - Abort: put the old ones back.
  *
- * Prepare may have to wait for a reference to go.  Commit needs no memory and waits for
- * nobody but RCU readers.
+ * Prepare may have to wait for references to go, and for RCU readers.  Commit needs no
+ * memory and waits for nobody.
  */
 #include <linux/guestmem.h>
 #include <linux/hugetlb.h>
@@ -295,13 +295,6 @@ static void guestmem_report_errors(struct address_space *mapping,
 	}
 }
 
-/* Nobody can map the folio, or nobody can any more. */
-static void guestmem_set_type(struct folio *folio)
-{
-	if (!folio_test_guestmem(folio))
-		__folio_set_guestmem(folio);
-}
-
 /* Put pieces of a huge page into the page cache, where they are not. */
 static void guestmem_publish_pieces(struct address_space *mapping,
 				    struct guestmem_hugepage *hp, pgoff_t start,
@@ -317,8 +310,9 @@ static void guestmem_publish_pieces(struct address_space *mapping,
 		if (!guestmem_is_held(mapping, i))
 			continue;
 		folio->private = hp;
+		/* Nobody can map it. */
 		if (folio_test_large(folio) && !hp->is_mappable)
-			guestmem_set_type(folio);
+			__folio_set_guestmem(folio);
 		guestmem_publish(mapping, i, folio);
 	}
 
@@ -534,7 +528,7 @@ static void guestmem_remove_piece(struct guestmem_allocator *gm,
 	unsigned int order = folio_order(folio);
 
 	folio_lock(folio);
-	guestmem_set_type(folio);
+	__folio_set_guestmem(folio);
 	atomic_long_add(1L << order, &hp->nr_out);
 	guestmem_del_placeholder(gm->mapping, folio->index, order);
 	folio->mapping = NULL;

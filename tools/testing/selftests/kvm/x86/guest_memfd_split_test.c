@@ -348,6 +348,46 @@ TEST_F_TIMEOUT(split, struct_pages_are_charged, SLOW)
 	EXPECT_EQ(0, hugetlb_cgroup_remove());
 }
 
+static void limit_memory(long left)
+{
+	long max = cg_read_long(hugetlb_cgroup_path(), "memory.current") + left;
+
+	TEST_ASSERT(!cg_write_numeric(hugetlb_cgroup_path(), "memory.max", max),
+		    "Can't limit the cgroup");
+}
+
+/* A cgroup that cannot pay for struct pages: an error for who asks, and no OOM. */
+TEST_F_TIMEOUT(split, struct_pages_beyond_a_limit, SLOW)
+{
+	struct split_test *t = &self->t;
+	u64 error;
+
+	if (t->page_size != SZ_1G)
+		SKIP(return, "needs too few struct pages for a limit to matter");
+
+	convert(t, 0, t->size, PRIVATE);
+	guest_write_all(t);
+	ASSERT_TRUE(hugetlb_cgroup_enter("gmem_split"));
+	limit_memory(SZ_1M);
+	EXPECT_EQ(-1, gmem_convert(t->fd, 0, SZ_4K, SHARED, &error));
+	EXPECT_EQ(ENOMEM, errno);
+	check(t);
+	guest_check_all(t);
+	TEST_EXPECT_SIGBUS(READ_ONCE(*word(t, 0)));
+
+	/* The same where a fault needs them. */
+	kvm_fallocate(t->fd, PUNCH_HOLE, 0, t->size);
+	convert(t, 0, SZ_4K, SHARED);
+	TEST_EXPECT_SIGBUS(READ_ONCE(*word(t, 0)));
+	EXPECT_EQ(0, gmem_blocks(t->fd));
+
+	limit_memory(SZ_1G);
+	EXPECT_EQ(0, READ_ONCE(*word(t, 0)));
+	check(t);
+	hugetlb_cgroup_leave();
+	EXPECT_EQ(0, hugetlb_cgroup_remove());
+}
+
 /* Ranges that begin and end anywhere, over more than one huge page. */
 TEST_F_TIMEOUT(split, ranges_of_any_alignment, SLOW)
 {
