@@ -536,6 +536,7 @@ TEST_F_TIMEOUT(race, large_range_and_lookups, SLOW)
 {
 	struct race r = { .vm = self->r.vm };
 	pthread_t thread;
+	u64 error;
 	int ret;
 
 	r.fd = vm_create_guest_memfd(r.vm, large_size(), gmem_flags(page_size) |
@@ -545,8 +546,12 @@ TEST_F_TIMEOUT(race, large_range_and_lookups, SLOW)
 	kvm_pthread_create(&thread, NULL, look_at_large, &r);
 	while (r.conversions < nr_conversions / 2 || READ_ONCE(r.other_rounds) < NR_ROUNDS) {
 		ret = gmem_convert(r.fd, 0, large_size(),
-				   r.conversions & 1 ? PRIVATE : SHARED, NULL);
-		r.refused += !!ret;
+				   r.conversions & 1 ? PRIVATE : SHARED, &error);
+		if (ret) {
+			ksft_print_msg("conversion %ld: errno %d (%s) at 0x%lx\n",
+				       r.conversions, errno, strerror(errno), error);
+			r.refused++;
+		}
 		r.conversions++;
 	}
 	WRITE_ONCE(r.stop, true);

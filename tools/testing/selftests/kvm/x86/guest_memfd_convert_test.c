@@ -1118,7 +1118,7 @@ TEST_F_TIMEOUT(convert, doors_are_shut_for_private_memory, SLOW)
 	kvm_munmap(to, size);
 }
 
-TEST_F_TIMEOUT(convert, nothing_is_beyond_the_file, SLOW)
+TEST_F(convert, nothing_is_beyond_the_file)
 {
 	gmem_expect_nothing_beyond(self->t.fd);
 }
