@@ -605,6 +605,29 @@ unsigned int guestmem_folios_max_order(struct guestmem_allocator *gm,
 /* How many folios with references are put off until others have been taken. */
 #define GUESTMEM_NR_BUSY	16
 
+/*
+ * Wait for the references to a folio to go.  Nobody finds it meanwhile: who looks up one
+ * page after the other gets the same large folio for all of them, and where RCU readers
+ * cannot be preempted he is preempted right after that, each time.
+ */
+static bool guestmem_wait_and_hold(struct guestmem_allocator *gm,
+				   struct guestmem_change *c, struct folio *folio)
+{
+	unsigned int order = folio_order(folio);
+
+	guestmem_replace(gm->mapping, folio->index, order, guestmem_placeholder());
+	while (!folio_ref_freeze(folio, 1 << order)) {
+		/* Leave the time for those that are not memory_failure()'s. */
+		if ((c->private && folio_test_hwpoison(folio)) || !c->wait(c)) {
+			guestmem_replace(gm->mapping, folio->index, order, folio);
+			return false;
+		}
+	}
+	guestmem_clear_mlocked(folio);
+
+	return true;
+}
+
 /* Take folios out of the page cache that had references. */
 static int guestmem_hold_busy(struct guestmem_allocator *gm, struct guestmem_change *c,
 			      const pgoff_t *busy, unsigned int nr)
@@ -614,17 +637,13 @@ static int guestmem_hold_busy(struct guestmem_allocator *gm, struct guestmem_cha
 
 	for (i = 0; i < nr; i++) {
 		folio = xa_load(&gm->mapping->i_pages, busy[i]);
-		while (!guestmem_hold(gm->mapping, folio)) {
-			/* Leave the time for those that are not memory_failure()'s. */
-			if (c->private && folio_test_hwpoison(folio))
-				return -EAGAIN;
-			if (c->wait(c))
-				continue;
-			/* What is to blame may be a neighbor. */
-			if (busy[i] >= c->start && busy[i] < c->end)
-				c->error = busy[i];
-			return -EAGAIN;
-		}
+		if (guestmem_hold(gm->mapping, folio) ||
+		    guestmem_wait_and_hold(gm, c, folio))
+			continue;
+		/* What is to blame may be a neighbor. */
+		if (busy[i] >= c->start && busy[i] < c->end)
+			c->error = busy[i];
+		return -EAGAIN;
 	}
 
 	return 0;
