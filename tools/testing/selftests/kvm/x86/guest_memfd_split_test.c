@@ -6,6 +6,7 @@
  * After every step the kernel compares what folios there are with what there have to be,
  * and guest and host look at the contents of every page.
  */
+#include <elf.h>
 #include <fcntl.h>
 #include <stdio.h>
 
@@ -725,6 +726,64 @@ TEST_F_TIMEOUT(split, memory_error, SLOW)
 	kvm_fallocate(t->fd, PUNCH_HOLE, 0, t->page_size);
 	/* Of the whole page, as it is now. */
 	ASSERT_EQ(0, gmem_unpoison(pfn & ~(t->page_size / SZ_4K - 1)));
+}
+
+/* The first word of a page, read the way that a debugger of the kernel does. */
+static u64 kcore_read(u64 pfn)
+{
+	u64 paddr = pfn * SZ_4K, value;
+	Elf64_Phdr phdr;
+	Elf64_Ehdr ehdr;
+	int fd, i;
+
+	fd = open_path_or_exit("/proc/kcore", O_RDONLY);
+	TEST_ASSERT_EQ(pread(fd, &ehdr, sizeof(ehdr), 0), sizeof(ehdr));
+	for (i = 0; i < ehdr.e_phnum; i++) {
+		TEST_ASSERT_EQ(pread(fd, &phdr, sizeof(phdr),
+				     ehdr.e_phoff + i * sizeof(phdr)), sizeof(phdr));
+		/* What has no place in memory of its own, has -1. */
+		if (phdr.p_type == PT_LOAD && phdr.p_paddr != -1ul &&
+		    paddr - phdr.p_paddr < phdr.p_memsz)
+			break;
+	}
+	TEST_ASSERT(i < ehdr.e_phnum, "page 0x%lx is not in /proc/kcore", pfn);
+	TEST_ASSERT_EQ(pread(fd, &value, sizeof(value),
+			     phdr.p_offset + paddr - phdr.p_paddr), sizeof(value));
+	kvm_close(fd);
+	return value;
+}
+
+/* Of a part with an error nothing is read; it is noted at the first page only. */
+TEST_F_TIMEOUT(split, kcore_reads_no_error, SLOW)
+{
+	const bool in_part = self->t.page_size == SZ_1G;
+	const u64 bad = (in_part ? SZ_2M : 0) + SZ_4K;
+	struct split_test *t = &self->t;
+	u64 pfn;
+
+	if (!gmem_can_poison())
+		SKIP(return, "needs CONFIG_HWPOISON_INJECT and debugfs");
+	if (access("/proc/kcore", R_OK))
+		SKIP(return, "needs CONFIG_PROC_KCORE");
+
+	convert(t, 0, t->size, PRIVATE);
+	guest_write_all(t);
+	convert(t, 0, SZ_4K, SHARED);
+	*word(t, 0) = PATTERN;
+	pfn = gmem_host_pfn(word(t, 0));
+	ASSERT_NE(0, pfn);
+
+	ASSERT_EQ(PATTERN + bad, kcore_read(pfn + bad / SZ_4K));
+	ASSERT_EQ(0, gmem_poison(pfn + bad / SZ_4K));
+	EXPECT_EQ(0, kcore_read(pfn + bad / SZ_4K));
+	/* That goes as far as the part, and no farther. */
+	EXPECT_EQ(in_part ? 0 : PATTERN + bad + SZ_4K, kcore_read(pfn + bad / SZ_4K + 1));
+	if (in_part)
+		EXPECT_EQ(PATTERN + bad + SZ_2M,
+			  kcore_read(pfn + bad / SZ_4K + PAGES_PER_PART));
+
+	kvm_fallocate(t->fd, PUNCH_HOLE, 0, t->page_size);
+	ASSERT_EQ(0, gmem_unpoison(pfn));
 }
 
 int main(int argc, char *argv[])
