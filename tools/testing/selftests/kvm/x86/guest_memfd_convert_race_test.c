@@ -243,6 +243,7 @@ static void *run_vcpu(void *arg)
  * and does with them as guests do.
  */
 static __thread sigjmp_buf host_jmpbuf;
+static __thread u64 written[NR_PAGES];
 
 static void host_sigbus(int sig)
 {
@@ -253,7 +254,6 @@ static void *run_host(void *arg)
 {
 	struct vcpu_thread *t = arg;
 	struct race *r = t->r;
-	volatile u64 written[NR_PAGES] = {};
 	unsigned int seed = t->id;
 	u64 val, *word;
 	int i;

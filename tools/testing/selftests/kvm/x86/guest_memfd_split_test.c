@@ -6,7 +6,6 @@
  * After every step the kernel compares what folios there are with what there have to be,
  * and guest and host look at the contents of every page.
  */
-#include <elf.h>
 #include <fcntl.h>
 #include <stdio.h>
 
@@ -17,6 +16,7 @@
 #include <sys/uio.h>
 #include <sys/wait.h>
 
+#include <linux/elf.h>
 #include <linux/falloc.h>
 #include <linux/kvm.h>
 #include <linux/sizes.h>
@@ -732,8 +732,8 @@ TEST_F_TIMEOUT(split, memory_error, SLOW)
 static u64 kcore_read(u64 pfn)
 {
 	u64 paddr = pfn * SZ_4K, value;
-	Elf64_Phdr phdr;
-	Elf64_Ehdr ehdr;
+	struct elf64_phdr phdr;
+	struct elf64_hdr ehdr;
 	int fd, i;
 
 	fd = open_path_or_exit("/proc/kcore", O_RDONLY);
