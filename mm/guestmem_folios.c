@@ -48,7 +48,9 @@
 
 /*
  * What is in the page cache in place of folios that are being split or merged.  Who looks
- * them up finds nothing, instead of spinning until they can be had again.
+ * them up finds nothing, instead of spinning until they can be had again.  Nobody drops
+ * them as old shadow entries: the inode is on no list of its superblock, where
+ * drop_caches would find it, and on no device, so POSIX_FADV_DONTNEED does nothing.
  */
 static void *guestmem_placeholder(void)
 {

@@ -324,12 +324,74 @@ static void first_page_is_left_alone(struct kunit *test)
 	test->priv = neighbors;
 }
 
+struct guestmem_kunit_change {
+	struct guestmem_change change;
+	struct kunit *test;
+	struct folio *folio;
+	bool goes;		/* the reference that is waited for */
+};
+
+static bool guestmem_kunit_wait(struct guestmem_change *change)
+{
+	struct guestmem_kunit_change *c = container_of(change, typeof(*c), change);
+	pgoff_t index = c->folio->index;
+
+	guestmem_kunit_expect_placeholder(c->test, index,
+					  index + folio_nr_pages(c->folio),
+					  folio_order(c->folio));
+	if (c->goes)
+		folio_put(c->folio);
+	return c->goes;
+}
+
+static void guestmem_kunit_wait_and_hold(struct kunit *test, pgoff_t index,
+					 unsigned int order)
+{
+	struct guestmem_kunit *gk = test->priv;
+	struct guestmem_allocator gm = { .mapping = &gk->mapping };
+	struct guestmem_kunit_change c = { .change.wait = guestmem_kunit_wait, .test = test };
+	const int refs = 1 << order;
+
+	c.folio = folio_alloc(GFP_KERNEL, order);
+	KUNIT_ASSERT_NOT_NULL(test, c.folio);
+	c.folio->index = index;
+	/* Those of the page cache, and another one. */
+	folio_ref_add(c.folio, refs);
+	guestmem_replace(&gk->mapping, index, order, c.folio);
+
+	KUNIT_EXPECT_FALSE(test, guestmem_wait_and_hold(&gm, &c.change, c.folio));
+	KUNIT_EXPECT_PTR_EQ(test, (void *)c.folio,
+			    xa_load(&gk->mapping.i_pages, index + refs - 1));
+	KUNIT_EXPECT_EQ(test, order, xa_get_order(&gk->mapping.i_pages, index));
+	KUNIT_EXPECT_EQ(test, refs + 1, folio_ref_count(c.folio));
+
+	c.goes = true;
+	KUNIT_EXPECT_TRUE(test, guestmem_wait_and_hold(&gm, &c.change, c.folio));
+	guestmem_kunit_expect_placeholder(test, index, index + refs, order);
+	KUNIT_EXPECT_EQ(test, 0, folio_ref_count(c.folio));
+
+	guestmem_kunit_store(test, index, index + refs, order);
+	folio_ref_unfreeze(c.folio, 1);
+	folio_put(c.folio);
+}
+
+/* Nobody finds a folio that is waited for; if that is in vain it is there again. */
+static void folio_in_use_is_put_back(struct kunit *test)
+{
+	struct guestmem_kunit *gk = test->priv;
+
+	guestmem_kunit_wait_and_hold(test, gk->start - 1, 0);
+	if (gk->order <= MAX_PAGE_ORDER)
+		guestmem_kunit_wait_and_hold(test, gk->start, gk->order);
+}
+
 static struct kunit_case guestmem_folios_test_cases[] = {
 	KUNIT_CASE_PARAM(orders_of_parts, guestmem_orders_gen_params),
 	KUNIT_CASE_PARAM(abort_puts_the_whole_back, guestmem_orders_gen_params),
 	KUNIT_CASE_PARAM(one_part_in_pages, guestmem_orders_gen_params),
 	KUNIT_CASE_PARAM(all_in_pages, guestmem_orders_gen_params),
 	KUNIT_CASE_PARAM(first_page_is_left_alone, guestmem_orders_gen_params),
+	KUNIT_CASE_PARAM(folio_in_use_is_put_back, guestmem_orders_gen_params),
 	{}
 };
 
