@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
 #
 # Every target is a script of the same name in scripts/, which can be run by
-# itself and explains itself with --help.  "make help" lists the targets.
+# itself and explains itself with --help (qemu-tree and qemu-export: tree and export
+# with --qemu).  "make help" lists the targets.
 
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
@@ -17,8 +18,8 @@ run-options = $(if $(call on,$(BASE)),--base) $(if $(call on,$(DEBUG)),--debug) 
 test-options = $(if $(FILTER),--filter '$(FILTER)') $(if $(call on,$(REMEMBER)),--remember) \
 	$(if $(call on,$(QUICK)),--quick) $(if $(call on,$(SLOW)),--slow) \
 	$(if $(UNTIL),--until '$(UNTIL)')
-# LINUX= and KERNEL_TARBALL= go to scripts/fetch through the environment.
-export LINUX KERNEL_TARBALL JOBS GMEM_CACHE
+# LINUX=, KERNEL_TARBALL= and QEMU_SOURCE= go to scripts/fetch through the environment.
+export LINUX KERNEL_TARBALL QEMU_SOURCE JOBS GMEM_CACHE
 
 ##@ Use it
 .PHONY: demo test run shell
@@ -39,7 +40,7 @@ run-kernel: keep-tree
 	@$S/kernel $(if $(call on,$(BASE)),--base) $(if $(call on,$(DEBUG)),--debug) >/dev/null
 
 ##@ Set up
-.PHONY: deps fetch tree kernel kernel-debug
+.PHONY: deps fetch tree kernel kernel-debug qemu-tree qemu
 deps: ## install the Debian packages that are missing (root), or print the command
 	@$S/deps
 fetch: deps ## get the base kernel sources into the cache (or LINUX=tree, KERNEL_TARBALL=file)
@@ -55,8 +56,16 @@ kernel: keep-tree ## build the kernel that the tests run on
 kernel-debug: keep-tree ## build the debug kernel: KASAN, lockdep, kmemleak and more
 	@$S/kernel --debug
 
+qemu-tree: deps ## make build/qemu, the same for the series for QEMU (or QEMU_SOURCE=directory)
+	@$S/tree --qemu
+.PHONY: keep-qemu-tree
+keep-qemu-tree: deps
+	@$S/tree --qemu --keep
+qemu: keep-qemu-tree ## build the QEMU that runs in the emulated machine
+	@$S/qemu
+
 ##@ Work on the series
-.PHONY: export check check-full series git-am-check
+.PHONY: export check check-full series git-am-check qemu-export qemu-check
 export: ## rewrite patches/ and the in-tree files from build/linux
 	@$S/export
 check: ## quick consistency check of the repository; no kernel tree needed
@@ -67,6 +76,10 @@ series: keep-tree ## build every commit, and the end of the series in many confi
 	@$S/series
 git-am-check: fetch ## apply the patches as a distribution does: git am, quilt push
 	@$S/git-am-check
+qemu-export: ## rewrite patches/qemu-10.2/ from build/qemu
+	@$S/export --qemu
+qemu-check: keep-qemu-tree ## check the series for QEMU in all of these ways, and run its tests (QUICK=1 builds only the last commit)
+	@$S/qemu-check $(if $(call on,$(QUICK)),--quick)
 
 ##@ Test more
 .PHONY: test-debug test-modules bench baseline

@@ -12,18 +12,35 @@ umask 022
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 build=$top/build			# everything made from this checkout
 linux=$build/linux			# git tree: tag "base", then a commit a patch
-series_version=v7.3
-patches=$top/patches/$series_version	# the source of truth
+qemu_tree=$build/qemu		# the same for QEMU
 # What is worth keeping between checkouts: the download, ccache, results.
 cache=${GMEM_CACHE:-${XDG_CACHE_HOME:-${HOME:-$build}/.cache}/gmem-hugetlb}
 [[ $cache == /* ]] || cache=$PWD/$cache
 jobs=${JOBS:-$(nproc)}
 
-# Files that the series adds lie below these, whole; nothing else does.
+# Files that the kernel's series adds lie below these, whole; nothing else does.
 intree_dirs="Documentation arch drivers fs include kernel lib mm tools virt"
-# What the series applies to: base_package, base_version, ...
-# shellcheck source=patches/v7.3/BASE
-. "$patches/BASE"
+
+# of_series kernel | qemu: the series that everything below is about.  Sets where
+# its patches, its git tree and its base are, how the targets of make for it begin,
+# and reads what it applies to (base_package, base_version, ...).
+of_series()
+{
+	case $1 in
+	kernel)
+		series_version=v7.3 series_tree=$linux prefix='' intree=$intree_dirs
+		# shellcheck source=patches/v7.3/BASE
+		. "$top/patches/$series_version/BASE" ;;
+	qemu)
+		series_version=qemu-10.2 series_tree=$qemu_tree prefix=qemu- intree=''
+		# shellcheck source=patches/qemu-10.2/BASE
+		. "$top/patches/$series_version/BASE" ;;
+	esac
+	patches=$top/patches/$series_version	# the source of truth
+	base_repo=$cache/${series_tree##*/}-base.git	# the bases, made by scripts/fetch
+	base_note=$build/${prefix}base-commit	# the one of this checkout
+}
+of_series kernel
 
 # The identity of every commit and patch.
 series_name=gmem-hugetlb
@@ -174,15 +191,13 @@ kconfig_landed()
 
 # ---- the base and the series
 
-base_repo=$cache/linux-base.git		# the bases, made by scripts/fetch
-
 # base_commit: the commit that the series applies to, as scripts/fetch noted it
 base_commit()
 {
 	local commit tree
 
-	read -r commit tree 2>/dev/null <"$build/base-commit" || tree=
-	[ "$tree" = "$base_tree" ] || die "the base is not here yet" "run: make fetch"
+	read -r commit tree 2>/dev/null <"$base_note" || tree=
+	[ "$tree" = "$base_tree" ] || die "the base is not here yet" "run: make ${prefix}tree"
 	echo "$commit"
 }
 
@@ -238,7 +253,7 @@ move()
 	shift 2
 	gone=$(kgit -C "$tree" diff --name-only --no-renames --diff-filter=D HEAD "$to" | sed 's|^|/|')
 	kgit -C "$tree" reset -q --hard "$to"
-	[ -n "$gone" ] || return 0
+	[ -n "$gone" ] && [ $# -gt 0 ] || return 0
 	{ find "$@" -name '.*.o.cmd' -exec grep -lF -e "$gone" {} + 2>/dev/null || true; } |
 		while read -r cmd; do
 			object=${cmd##*/.}
@@ -257,42 +272,42 @@ apply()
 			--committer-date-is-author-date >&2
 }
 
-# series_commit: the commit in build/linux that the patches make of the base
+# series_commit: the commit in the series' tree that the patches make of the base
 series_commit()
 {
 	local id dir=$build/scratch.$$
 
 	id=$({ base_commit; series; cd "$patches" && series | xargs -r cat; } | sha256sum | cut -c 1-40)
-	kgit -C "$linux" rev-parse -q --verify "refs/series/$id" && return
+	kgit -C "$series_tree" rev-parse -q --verify "refs/series/$id" && return
 	scratch "$dir"
 	apply "$dir" || { rm -rf "$dir"; return 1; }
-	kgit -C "$linux" fetch -q --no-tags "$dir" "main:refs/series/$id"
+	kgit -C "$series_tree" fetch -q --no-tags "$dir" "main:refs/series/$id"
 	rm -rf "$dir"
-	kgit -C "$linux" rev-parse "refs/series/$id"
+	kgit -C "$series_tree" rev-parse "refs/series/$id"
 }
 
 # content COMMIT: a name for all that an export of base..COMMIT would hold
 content()
 {
-	kgit -C "$linux" log --reverse --format='%T%n%an <%ae> %ad%n%B' "base..$1" | sha256sum
+	kgit -C "$series_tree" log --reverse --format='%T%n%an <%ae> %ad%n%B' "base..$1" | sha256sum
 }
 
-# unexported: why build/linux holds work that is not in patches/, if it does
+# unexported: why the series' tree holds work that is not in patches/, if it does
 unexported()
 {
-	local git=$linux/.git ref head
+	local git=$series_tree/.git ref head
 
 	[ -d "$git" ] || return 1
 	if [ -d "$git/rebase-merge" ] || [ -d "$git/rebase-apply" ]; then
 		echo "a rebase or am is in progress there"
-	elif [ -n "$(kgit -C "$linux" status --porcelain | head -n 1)" ]; then
+	elif [ -n "$(kgit -C "$series_tree" status --porcelain | head -n 1)" ]; then
 		echo "files are changed but not committed there"
-	elif [ "$(kgit -C "$linux" symbolic-ref -q HEAD)" != refs/heads/main ]; then
+	elif [ "$(kgit -C "$series_tree" symbolic-ref -q HEAD)" != refs/heads/main ]; then
 		echo "its HEAD is not the branch main"
 	else
 		# What was ever applied or exported is no work to lose.
 		head=$(content HEAD)
-		for ref in base $(kgit -C "$linux" for-each-ref --format='%(refname)' refs/series); do
+		for ref in base $(kgit -C "$series_tree" for-each-ref --format='%(refname)' refs/series); do
 			[ "$(content "$ref")" != "$head" ] || return 1
 		done
 		echo "its commits are not the ones in patches/"
@@ -316,6 +331,51 @@ summary()
 {
 	printf '%d passed, %d failed\n' "$passed" "$failed"
 	[ "$failed" -eq 0 ]
+}
+
+# same_bytes WORK: do the patches apply to the base, export to the same bytes again,
+# and make the commits of the series' tree?  WORK is for what that takes.
+same_bytes()
+{
+	local work=$1 ours=$1/ours dir why
+
+	scratch "$work/scratch"
+	apply "$work/scratch"
+	rm -rf "$work/export" "$ours"
+	mkdir -p "$work/export" "$ours/patches/$series_version"
+	"$top/scripts/export" ${prefix:+--qemu} --from "$work/scratch" --to "$work/export"
+	cp "$patches"/*.patch "$patches/series" "$ours/patches/$series_version" 2>/dev/null || true
+	for dir in $intree; do
+		[ ! -d "$top/$dir" ] || cp -r "$top/$dir" "$ours"
+	done
+	if diff -r "$ours" "$work/export" >"$work/log"; then
+		pass "apply to the base, export again: the same bytes"
+	else
+		fail "apply to the base, export again: not the same bytes" "$work/log"
+	fi
+	if why=$(unexported); then
+		echo "$why; run: make ${prefix}export" >"$work/log"
+		fail "${series_tree#"$top/"} is what patches/ says" "$work/log"
+	else
+		pass "${series_tree#"$top/"} is what patches/ says"
+	fi
+}
+
+# checkpatch_each WORK COMMAND...: run on each patch, it must be content
+checkpatch_each()
+{
+	local log=$1/log patch id
+
+	shift
+	for patch in $(series); do
+		id=$(key checkpatch "$base_tree" <"$patches/$patch")
+		if known "$id" || "$@" "$patches/$patch" >"$log" 2>&1; then
+			pass "checkpatch $patch"
+			remember "$id"
+		else
+			fail "checkpatch $patch" "$log"
+		fi
+	done
 }
 
 # A result is remembered in the cache under a hash of all that it depends on:
