@@ -202,6 +202,24 @@ class Judge(unittest.TestCase):
             args=types.SimpleNamespace(base=False, debug=True, modules=False)))
         self.assertIsNone(name(line=line.replace("name", "some_race_test")))
 
+    def test_memory_of_nested(self):
+        args = types.SimpleNamespace(base=False, debug=False, modules=False)
+        read = []
+
+        def name(changed=None):
+            with mock.patch.object(test, "digest", lambda path: (
+                    read.append(path), "new" if path == changed else "old")[1]), \
+                 mock.patch.object(os, "listdir", lambda path: ["bios"]):
+                return test.memory(test.Test("name tap series 10 --qemu -- tests/x"), args)
+
+        before = name()
+        files = set(read)
+        for part in ("qemu-run/qemu-system-x86_64", "qemu-run/fw/bios", "guest/bzImage",
+                     "guest/initrd", "tests/qemu/lib"):
+            self.assertTrue(any(path.endswith(part) for path in files), part)
+        for path in files:
+            self.assertNotEqual(before, name(path), path)
+
     def test_what_has_failed_is_not_remembered(self):
         outcome = test.Outcome()
         outcome.memory = os.path.join(self.enterContext(tempfile.TemporaryDirectory()), "a", "b")

@@ -1,0 +1,491 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * PID 1 of a guest of the emulated machine.
+ *
+ * It carries out commands, one a line, that come by the serial line; or the one
+ * command after "--" on the kernel's command line, and then powers off.  Each
+ * command is a process of its own, so that several can run at a time:
+ *
+ *   memory MIB SECONDS	  write to and check so much memory (0: all that there
+ *			  is), again for so long (0: once), from each CPU
+ *   convert NAME=VALUE... load the module gmem_convert with these parameters; with
+ *			  seconds= the command takes that long
+ *   step COMMAND	  a command for the module, see its source
+ *   unload		  unload it
+ *   disk SECONDS	  write to and check all of /dev/vda, likewise
+ *   echo PORT		  return what comes by this port of virtio-serial
+ *   net ADDRESS	  return what comes by TCP to port 7 of this address
+ *   free		  say how much memory is free
+ *   reboot
+ *   poweroff
+ *
+ * What it says are lines on the console: "guest: ready", "guest: done: COMMAND",
+ * "guest: failed: COMMAND: WHY", what the commands have found out, and what the
+ * module says.  The kernel does not print the latter itself: its console may hold back
+ * a line until there is another.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <net/if.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysinfo.h>
+#include <sys/wait.h>
+#include <termios.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <linux/fs.h>
+
+#define PAGE		4096UL
+#define MIB		(1UL << 20)
+#define DISK_BLOCK	(256UL << 10)
+#define ECHO_PORT	7
+#define MODULE		"gmem_convert"
+/* What a guest keeps for itself when a command wants all memory. */
+#define SPARE_KIB	(48UL << 10)
+
+/* Set in the process of a command. */
+static const char *command;
+
+/* One write() a line: those of several processes are not mixed up. */
+static void __attribute__((format(printf, 1, 2))) say(const char *fmt, ...)
+{
+	char line[512];
+	va_list args;
+	int n;
+
+	n = snprintf(line, sizeof(line), "guest: ");
+	va_start(args, fmt);
+	n += vsnprintf(line + n, sizeof(line) - n, fmt, args);
+	va_end(args);
+	if (n > (int)sizeof(line) - 1)
+		n = sizeof(line) - 1;
+	line[n++] = '\n';
+	if (write(STDOUT_FILENO, line, n) != n)
+		_exit(1);
+}
+
+#define fail(fmt, ...)							\
+	do {								\
+		say("failed: %s: " fmt, command, ##__VA_ARGS__);	\
+		_exit(1);						\
+	} while (0)
+#define fail_errno(what) fail("%s: %s", what, strerror(errno))
+
+static double now(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec + ts.tv_nsec / 1e9;
+}
+
+static unsigned long meminfo(const char *key)
+{
+	FILE *f = fopen("/proc/meminfo", "re");
+	unsigned long value, found = 0;
+	char name[64], line[128];
+
+	while (f && fgets(line, sizeof(line), f)) {
+		if (sscanf(line, "%63s %lu", name, &value) == 2 && !strcmp(name, key))
+			found = value;
+	}
+	if (f)
+		fclose(f);
+	return found;
+}
+
+/* ---- memory */
+
+/* No two pages and rounds have the same: the multiplier is odd. */
+static uint64_t pattern(uint64_t place, unsigned int round)
+{
+	return (place << 12 | round) * 0x9e3779b97f4a7c15;
+}
+
+static void fill(uint64_t *words, size_t size, uint64_t value)
+{
+	size_t i;
+
+	for (i = 0; i < size / sizeof(*words); i++)
+		words[i] = value;
+}
+
+static void check(const uint64_t *words, size_t size, uint64_t value, unsigned long place)
+{
+	size_t i;
+
+	for (i = 0; i < size / sizeof(*words); i++) {
+		if (words[i] != value)
+			fail("at %#lx is %#lx and not %#lx", place + i * sizeof(*words),
+			     words[i], value);
+	}
+}
+
+static void work_on_memory(char *mem, size_t size, unsigned int seconds, unsigned int id)
+{
+	double end = now() + seconds;
+	unsigned int round = 0;
+	size_t at;
+
+	do {
+		for (at = 0; at < size; at += PAGE)
+			fill((uint64_t *)(mem + at), PAGE, pattern(at / PAGE << 4 | id, round));
+		for (at = 0; at < size; at += PAGE)
+			check((uint64_t *)(mem + at), PAGE, pattern(at / PAGE << 4 | id, round),
+			      at);
+		round++;
+	} while (now() < end);
+	say("%lu MiB written and checked, rounds: %u", size / MIB, round);
+}
+
+static void run_memory(char *args)
+{
+	unsigned long mib = 0, available = meminfo("MemAvailable:"), size;
+	unsigned int seconds = 0, cpus = get_nprocs(), i;
+	int status;
+	bool ok = true;
+	char *mem;
+
+	sscanf(args, "%lu %u", &mib, &seconds);
+	if (!mib && available > SPARE_KIB)
+		mib = (available - SPARE_KIB) / 1024;
+	size = mib * MIB / cpus / (2 * MIB) * (2 * MIB);
+	if (!size)
+		fail("there is no memory: %lu KiB", available);
+	for (i = 0; i < cpus; i++) {
+		if (fork())
+			continue;
+		mem = mmap(NULL, size, PROT_READ | PROT_WRITE,
+			   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+		if (mem == MAP_FAILED)
+			fail_errno("mmap");
+		work_on_memory(mem, size, seconds, i);
+		_exit(0);
+	}
+	while (wait(&status) > 0)
+		ok = ok && !status;
+	if (!ok)
+		fail("a process has failed");
+	say("memory %lu MiB checked", size * cpus / MIB);
+}
+
+/* ---- the module */
+
+/* A process: prints what the module has to say. */
+static void begin_log(void)
+{
+	struct pollfd log = { .fd = open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC),
+			      .events = POLLIN };
+	char record[1024], *text;
+	ssize_t n;
+
+	if (fork())
+		return;
+	for (;;) {
+		/* Records are read one at a time: numbers, a semicolon, and the text. */
+		while ((n = read(log.fd, record, sizeof(record) - 1)) > 0) {
+			record[n] = '\0';
+			text = strchr(record, ';');
+			if (!text++ || strncmp(text, MODULE ":", strlen(MODULE ":")))
+				continue;
+			n = strcspn(text, "\n") + 1;
+			if (write(STDOUT_FILENO, text, n) != n)
+				_exit(1);
+		}
+		/* The kernel wakes those who wait as late as it prints. */
+		poll(&log, 1, 100);
+	}
+}
+
+static void run_convert(char *args)
+{
+	int fd = open("/" MODULE ".ko", O_RDONLY | O_CLOEXEC);
+
+	if (fd < 0)
+		fail_errno(MODULE ".ko");
+	if (syscall(SYS_finit_module, fd, args, 0))
+		fail_errno("the module");
+	if (strstr(args, "seconds=") && syscall(SYS_delete_module, MODULE, 0))
+		fail_errno("to unload the module");
+}
+
+static void run_step(char *args)
+{
+	int fd = open("/sys/module/" MODULE "/parameters/command", O_WRONLY | O_CLOEXEC);
+
+	if (fd < 0)
+		fail_errno("the module's command");
+	if (write(fd, args, strlen(args)) < 0)
+		fail_errno(args);
+}
+
+static void run_unload(char *args)
+{
+	(void)args;
+	if (syscall(SYS_delete_module, MODULE, 0))
+		fail_errno("to unload the module");
+}
+
+/* ---- devices */
+
+static void run_disk(char *args)
+{
+	int fd = open("/dev/vda", O_RDWR | O_DIRECT | O_CLOEXEC);
+	unsigned int seconds = atoi(args), round = 0;
+	double end = now() + seconds;
+	uint64_t size, at;
+	void *buf;
+
+	if (fd < 0 || ioctl(fd, BLKGETSIZE64, &size))
+		fail_errno("/dev/vda");
+	if (!size || size % DISK_BLOCK)
+		fail("the size of /dev/vda is %lu", size);
+	do {
+		/* Not always the same pages, so that some are next to others that convert. */
+		buf = mmap(NULL, DISK_BLOCK, PROT_READ | PROT_WRITE,
+			   MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+		if (buf == MAP_FAILED)
+			fail_errno("mmap");
+		for (at = 0; at < size; at += DISK_BLOCK) {
+			fill(buf, DISK_BLOCK, pattern(at, round));
+			if (pwrite(fd, buf, DISK_BLOCK, at) != DISK_BLOCK)
+				fail_errno("write to the disk");
+		}
+		for (at = 0; at < size; at += DISK_BLOCK) {
+			fill(buf, DISK_BLOCK, 0);
+			if (pread(fd, buf, DISK_BLOCK, at) != DISK_BLOCK)
+				fail_errno("read from the disk");
+			check(buf, DISK_BLOCK, pattern(at, round), at);
+		}
+		munmap(buf, DISK_BLOCK);
+		round++;
+	} while (now() < end);
+	say("disk of %lu MiB written and checked, rounds: %u", size / MIB, round);
+}
+
+/* Returns what comes by @fd until its other end closes it. */
+static void echo(int fd)
+{
+	static char buf[64 << 10];
+	ssize_t n, done, m;
+
+	while ((n = read(fd, buf, sizeof(buf))) > 0) {
+		for (done = 0; done < n; done += m) {
+			m = write(fd, buf + done, n - done);
+			if (m < 0)
+				fail_errno("write");
+		}
+	}
+	if (n < 0)
+		fail_errno("read");
+}
+
+/* The device of a port, by the name that it has on QEMU's command line. */
+static bool find_port(const char *name, char *path, size_t size)
+{
+	DIR *dir = opendir("/sys/class/virtio-ports");
+	struct dirent *d;
+	char line[64];
+	bool found = false;
+	FILE *f;
+
+	while (dir && !found && (d = readdir(dir))) {
+		snprintf(path, size, "/sys/class/virtio-ports/%s/name", d->d_name);
+		f = fopen(path, "re");
+		if (!f)
+			continue;
+		found = fgets(line, sizeof(line), f) && !strncmp(line, name, strlen(name)) &&
+			line[strlen(name)] == '\n';
+		fclose(f);
+		snprintf(path, size, "/dev/%s", d->d_name);
+	}
+	if (dir)
+		closedir(dir);
+	return found;
+}
+
+static void run_echo(char *args)
+{
+	char path[320];
+	int fd;
+
+	if (!find_port(args, path, sizeof(path)))
+		fail("there is no port of this name");
+	fd = open(path, O_RDWR | O_CLOEXEC);
+	if (fd < 0)
+		fail_errno(path);
+	say("echo ready");
+	echo(fd);
+}
+
+static void run_net(char *args)
+{
+	struct ifreq ifr = { .ifr_name = "eth0" };
+	struct sockaddr_in *addr = (struct sockaddr_in *)&ifr.ifr_addr;
+	struct sockaddr_in any = { .sin_family = AF_INET, .sin_port = htons(ECHO_PORT) };
+	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), one = 1;
+
+	addr->sin_family = AF_INET;
+	if (inet_pton(AF_INET, args, &addr->sin_addr) != 1)
+		fail("this is no address");
+	if (fd < 0 || ioctl(fd, SIOCSIFADDR, &ifr))
+		fail_errno("eth0");
+	ifr.ifr_flags = IFF_UP | IFF_RUNNING;
+	if (ioctl(fd, SIOCSIFFLAGS, &ifr))
+		fail_errno("eth0 up");
+	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
+	if (bind(fd, (struct sockaddr *)&any, sizeof(any)) || listen(fd, 8))
+		fail_errno("listen");
+	say("net ready");
+	for (;;) {
+		int connection = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
+
+		if (connection < 0)
+			fail_errno("accept");
+		if (!fork()) {
+			echo(connection);
+			_exit(0);
+		}
+		close(connection);
+		while (waitpid(-1, NULL, WNOHANG) > 0)
+			;
+	}
+}
+
+/* ---- all commands */
+
+static void run_free(char *args)
+{
+	(void)args;
+	say("memory: %lu MiB, %lu MiB free, %lu MiB available", meminfo("MemTotal:") / 1024,
+	    meminfo("MemFree:") / 1024, meminfo("MemAvailable:") / 1024);
+}
+
+static void run_reboot(char *args)
+{
+	(void)args;
+	reboot(RB_AUTOBOOT);
+	fail_errno("reboot");
+}
+
+static void run_poweroff(char *args)
+{
+	(void)args;
+	reboot(RB_POWER_OFF);
+	fail_errno("power off");
+}
+
+static const struct {
+	const char *name;
+	void (*run)(char *args);
+} commands[] = {
+	{ "memory", run_memory },
+	{ "convert", run_convert },
+	{ "step", run_step },
+	{ "unload", run_unload },
+	{ "disk", run_disk },
+	{ "echo", run_echo },
+	{ "net", run_net },
+	{ "free", run_free },
+	{ "reboot", run_reboot },
+	{ "poweroff", run_poweroff },
+};
+
+#define NR_COMMANDS (sizeof(commands) / sizeof(commands[0]))
+
+/* Begins a command in a process of its own. */
+static pid_t begin(const char *line)
+{
+	char *args;
+	size_t n, i;
+	pid_t pid;
+
+	pid = fork();
+	if (pid < 0)
+		say("failed: %s: fork: %s", line, strerror(errno));
+	if (pid)
+		return pid;
+	command = line;
+	n = strcspn(line, " ");
+	args = strdup(line + n + (line[n] == ' '));
+	for (i = 0; i < NR_COMMANDS; i++) {
+		if (strlen(commands[i].name) == n && !strncmp(line, commands[i].name, n)) {
+			commands[i].run(args);
+			say("done: %s", line);
+			_exit(0);
+		}
+	}
+	fail("there is no such command");
+}
+
+static void __attribute__((noreturn)) serve(void)
+{
+	struct termios tio;
+	char line[256];
+
+	/* Nothing of what comes in is to go out again. */
+	tcgetattr(0, &tio);
+	tio.c_lflag &= ~(ECHO | ECHOE | ECHOK | ECHONL | ISIG);
+	tio.c_lflag |= ICANON;
+	tcsetattr(0, TCSANOW, &tio);
+	say("ready, %lu MiB, CPUs: %d", meminfo("MemTotal:") / 1024, get_nprocs());
+	for (;;) {
+		ssize_t n = read(0, line, sizeof(line) - 1);
+
+		while (waitpid(-1, NULL, WNOHANG) > 0)
+			;
+		if (n < 0) {
+			say("failed: read: %s", strerror(errno));
+			pause();
+		}
+		if (!n)
+			continue;
+		line[n] = '\0';
+		line[strcspn(line, "\r\n")] = '\0';
+		if (line[0])
+			begin(line);
+	}
+}
+
+int main(int argc, char *argv[])
+{
+	char line[256] = "";
+	int i, status;
+	pid_t pid;
+
+	mkdir("/proc", 0755);
+	mkdir("/sys", 0755);
+	mount("proc", "/proc", "proc", 0, NULL);
+	mount("sysfs", "/sys", "sysfs", 0, NULL);
+	mount("dev", "/dev", "devtmpfs", 0, NULL);
+	begin_log();
+	if (argc == 1)
+		serve();
+	for (i = 1; i < argc; i++) {
+		strncat(line, i > 1 ? " " : "", sizeof(line) - strlen(line) - 1);
+		strncat(line, argv[i], sizeof(line) - strlen(line) - 1);
+	}
+	pid = begin(line);
+	while (pid > 0 && waitpid(pid, &status, 0) != pid)
+		;
+	reboot(RB_POWER_OFF);
+	return 1;
+}
