@@ -22,9 +22,11 @@ test-options = $(if $(FILTER),--filter '$(FILTER)') $(if $(call on,$(REMEMBER)),
 export LINUX KERNEL_TARBALL QEMU_SOURCE JOBS GMEM_CACHE
 
 ##@ Use it
-.PHONY: demo test run shell
+.PHONY: demo qemu-demo test run shell
 demo: kernel ## boot the patched kernel and show a VM on 1 GiB HugeTLB pages
 	@$S/demo
+qemu-demo: kernel qemu guest ## show QEMU with Linux guests on 1 GiB pages, one of which converts them
+	@$S/qemu-demo
 test: kernel ## run all tests on the patched kernel (FILTER=glob for some)
 	@$S/test $(test-options)
 run: need-cmd run-kernel ## boot and run CMD='static-binary args' (DEBUG=1 ICOUNT=1 BASE=1 OPTIONS='--mem 8G'); scripts/run gives the command's exit status
@@ -63,6 +65,9 @@ keep-qemu-tree: deps
 	@$S/tree --qemu --keep
 qemu: keep-qemu-tree ## build the QEMU that runs in the emulated machine
 	@$S/qemu
+.PHONY: guest
+guest: keep-tree ## build the Linux guest that it runs there
+	@$S/guest
 
 ##@ Work on the series
 .PHONY: export check check-full series git-am-check qemu-export qemu-check

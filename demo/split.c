@@ -8,19 +8,12 @@
 #include <signal.h>
 
 #include "common.h"
+#include "folios.h"
 
 #define VM_SIZE		((u64)SZ_1G)
-#define NR_PARTS	512		/* of 2 MiB */
-#define PART_PAGES	512
-#define MAP_COLUMNS	64
 #define SHARED_PAGE	((u64)SZ_1G / 3 / SZ_4K * SZ_4K)	/* somewhere in the midst */
 #define PATTERN		0x5eed000000000000ull
 #define ANSWER		0x33ull		/* what the host writes to the page */
-
-#define WHOLE		'#'
-#define PART		'o'
-#define PIECES		':'
-#define MISSING		'?'
 
 static struct demo_vm vm;
 static char *mem;
@@ -43,53 +36,17 @@ static void check(bool ok, const char *what)
 	}
 }
 
-/* What a folio of @order at @index means for the map. */
-static void draw_folio(char *map, long index, long order)
-{
-	if (order == 18)
-		memset(map, WHOLE, NR_PARTS);
-	else
-		map[index / PART_PAGES] = order == 9 ? PART : order ? MISSING : PIECES;
-}
-
-/* The folios that the kernel has for the file, and how many of them. */
-static long read_folios(char *map)
-{
-	long index, order, nr, i, total = 0;
-	char path[128];
-	FILE *f;
-
-	memset(map, MISSING, NR_PARTS);
-	snprintf(path, sizeof(path), "/sys/kernel/debug/kvm/%d-%d/gmem_folios", getpid(),
-		 vm.vm->fd);
-	f = fopen(path, "r");
-	TEST_ASSERT(f, "Can't open %s", path);
-	while (fscanf(f, "%*d %ld %ld %ld", &index, &order, &nr) == 3) {
-		for (i = 0; i < nr; i++)
-			draw_folio(map, index + (i << order), order);
-		total += nr;
-	}
-	fclose(f);
-	return total;
-}
-
-static long count(const char *map, char what)
-{
-	long i, nr = 0;
-
-	for (i = 0; i < NR_PARTS; i++)
-		nr += map[i] == what;
-	return nr;
-}
-
 /* @whole: it is one page; otherwise the part with the shared page is in pieces. */
 static void show_map(bool whole)
 {
-	char map[NR_PARTS];
-	long nr = read_folios(map), i;
+	char map[NR_PARTS], path[128];
+	long nr;
 
-	for (i = 0; i < NR_PARTS; i += MAP_COLUMNS)
-		printf("    %.*s\n", MAP_COLUMNS, map + i);
+	snprintf(path, sizeof(path), "/sys/kernel/debug/kvm/%d-%d/gmem_folios", getpid(),
+		 vm.vm->fd);
+	nr = read_folios(path, 0, map);
+	TEST_ASSERT(nr >= 0, "Can't read %s", path);
+	print_map(map);
 	if (whole) {
 		check(nr == 1 && count(map, WHOLE) == NR_PARTS, "one page of 1 GiB");
 		return;
@@ -174,10 +131,8 @@ int main(void)
 
 	signal(SIGBUS, sigbus);
 	printf("\nA guest on a 1 GiB page shares 4 KiB of it with the host\n\n");
-	printf("  Each sign is 2 MiB of the page, as the kernel has it:\n");
-	printf("    %c  part of one page of 1 GiB\n", WHOLE);
-	printf("    %c  a page of 2 MiB of its own\n", PART);
-	printf("    %c  512 pages of 4 KiB\n\n", PIECES);
+	print_legend();
+	printf("\n");
 
 	create();
 	printf("  the guest writes to every 4 KiB of its memory\n");
