@@ -14,10 +14,9 @@ on = $(filter-out 0,$(1))
 run-options = $(if $(call on,$(BASE)),--base) $(if $(call on,$(DEBUG)),--debug) \
 	$(if $(call on,$(ICOUNT)),--icount) $(OPTIONS)
 # Of test, test-debug: FILTER=glob, REMEMBER=1 leaves out what has passed before, QUICK=1
-# what is slow, SLOW=1 all else; UNTIL=seconds begins no test after that time.
+# what is slow.
 test-options = $(if $(FILTER),--filter '$(FILTER)') $(if $(call on,$(REMEMBER)),--remember) \
-	$(if $(call on,$(QUICK)),--quick) $(if $(call on,$(SLOW)),--slow) \
-	$(if $(UNTIL),--until '$(UNTIL)')
+	$(if $(call on,$(QUICK)),--quick)
 # LINUX=, KERNEL_TARBALL= and QEMU_SOURCE= go to scripts/fetch through the environment.
 export LINUX KERNEL_TARBALL QEMU_SOURCE JOBS GMEM_CACHE
 

@@ -141,7 +141,7 @@ class Judge(unittest.TestCase):
         test.fields = lambda n: lines if n == name else real(n)
 
     def test_skips(self):
-        subject = test.Test("name tap series 10 -- tests/x")
+        subject = test.Test("name tap series release 10 -- tests/x")
 
         def objections(results):
             outcome = test.Outcome()
@@ -157,7 +157,7 @@ class Judge(unittest.TestCase):
         self.assertIn("expected to be skipped, but is not there: a*", objections({"b": "ok"}))
 
     def test_kept(self):
-        subject = test.Test("name tap series 10 -- tests/x")
+        subject = test.Test("name tap series release 10 -- tests/x")
         self.with_table("kept", ["name counter */free_hugepages * -- reason"])
         outcome = test.Outcome()
         outcome.objections = ["counter /sys/a/free_hugepages 4 -> 3", "counter b 1 -> 2"]
@@ -168,7 +168,7 @@ class Judge(unittest.TestCase):
         self.assertTrue(outcome.objections[0].startswith("expected to be left changed, but is not"))
 
     def test_baseline(self):
-        subject = test.Test("name tap base 10 -- mm/x")
+        subject = test.Test("name tap base release 10 -- mm/x")
         outcome = test.Outcome()
         outcome.results = {"a": "ok", "b": "skip", "d": "ok"}
         test.judge_baseline(subject, outcome, {"a": "ok", "b": "ok", "c": "ok"})
@@ -179,8 +179,20 @@ class Judge(unittest.TestCase):
         test.judge_baseline(subject, outcome, None)
         self.assertTrue(re.match("not in tests/baseline", outcome.objections[0]))
 
+    def test_list(self):
+        lines = ["$small = --mem 1G --cpus 1", "", "# a comment",
+                 "a tap series release,debug:slow 10 $small -- kvm/a",
+                 "b exit base release:slow 20 -- mm/b"]
+        with mock.patch("builtins.open", mock.mock_open(read_data="\n".join(lines))):
+            first, second = test.tests_in_list()
+        self.assertEqual(first.options, ["--mem", "1G", "--cpus", "1"])
+        self.assertEqual(first.runs, {"release": False, "debug": True})
+        self.assertEqual(second.runs, {"release": True, "unpatched": False})
+        args = types.SimpleNamespace(debug=True, pace=1.5)
+        self.assertEqual(test.allowed_seconds(first, args), 60)
+
     def test_memory(self):
-        line = "name tap series 10 --file kvm/helper=/bin/x -- kvm/x -n 1"
+        line = "name tap series release 10 --file kvm/helper=/bin/x -- kvm/x -n 1"
         args = types.SimpleNamespace(base=False, debug=False, modules=False)
         read = []
 
@@ -210,7 +222,7 @@ class Judge(unittest.TestCase):
             with mock.patch.object(test, "digest", lambda path: (
                     read.append(path), "new" if path == changed else "old")[1]), \
                  mock.patch.object(os, "listdir", lambda path: ["bios"]):
-                return test.memory(test.Test("name tap series 10 --qemu -- tests/x"), args)
+                return test.memory(test.Test("name tap series release 10 --qemu -- tests/x"), args)
 
         before = name()
         files = set(read)
