@@ -86,7 +86,7 @@ qemu-check: keep-qemu-tree ## check the series for QEMU in all of these ways, an
 	@$S/qemu-check $(if $(call on,$(QUICK)),--quick)
 
 ##@ Test more
-.PHONY: test-debug test-modules bench baseline
+.PHONY: test-debug test-modules bench baseline results
 test-debug: kernel-debug ## run all tests on the debug kernel (FILTER=glob for some)
 	@$S/test --debug $(test-options)
 test-modules: keep-tree ## with KVM in modules: unload them while guest memory is in use
@@ -96,6 +96,9 @@ bench: kernel ## count the instructions that the work costs, against the base
 	@$S/bench
 baseline: keep-tree ## run the existing tests on the unpatched base, write tests/baseline
 	@$S/baseline
+
+results: ## run demo, qemu-demo, test and bench, and keep what they print in results/
+	@$S/results
 
 ##@ Tidy up
 .PHONY: clean help
