@@ -15,6 +15,8 @@
  *   disk SECONDS	  write to and check all of /dev/vda, likewise
  *   echo PORT		  return what comes by this port of virtio-serial
  *   net ADDRESS	  return what comes by TCP to port 7 of this address
+ *   vapic ADDRESS  have code at this address tell QEMU's kvmvapic that it is the
+ *		  device's ROM
  *   free		  say how much memory is free
  *   reboot
  *   poweroff
@@ -38,6 +40,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/io.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
@@ -372,6 +375,25 @@ static void run_net(char *args)
 
 /* ---- all commands */
 
+/* The device takes the address of the instruction for a physical one. */
+static void run_vapic(char *args)
+{
+	/* mov $0x7e, %dx; xor %eax, %eax; out %ax, (%dx); ret */
+	static const unsigned char code[] = {
+		0x66, 0xba, 0x7e, 0x00, 0x31, 0xc0, 0x66, 0xef, 0xc3
+	};
+	unsigned long address = strtoul(args, NULL, 0);
+	void *mem = mmap((void *)address, PAGE, PROT_READ | PROT_WRITE | PROT_EXEC,
+			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+
+	if (mem == MAP_FAILED)
+		fail("mmap at %#lx: %s", address, strerror(errno));
+	memcpy(mem, code, sizeof(code));
+	if (ioperm(0x7e, 2, 1))
+		fail("ioperm: %s", strerror(errno));
+	((void (*)(void))mem)();
+}
+
 static void run_free(char *args)
 {
 	(void)args;
@@ -404,6 +426,7 @@ static const struct {
 	{ "disk", run_disk },
 	{ "echo", run_echo },
 	{ "net", run_net },
+	{ "vapic", run_vapic },
 	{ "free", run_free },
 	{ "reboot", run_reboot },
 	{ "poweroff", run_poweroff },
