@@ -6,28 +6,27 @@
 /**
  * DOC: guest_memfd files of HugeTLB pages
  *
- * A file of this kind reserves all its memory from the HugeTLB pool when it is
- * created: it has a subpool of exactly its size.  An allocation takes a page of
- * that reservation, a page that is freed while the file lives goes back to it,
- * and when the file goes away what is not allocated goes back to the pool at
- * once.  Surplus pages are used at no point.
+ * The file reserves all its memory from the HugeTLB pool when it is created, with a
+ * subpool of exactly its size.  An allocation uses a page of the reservation, and a
+ * page that is freed while the file exists returns to the reservation.  When the file
+ * goes away, the unused reservation returns to the pool at once.  Surplus pages are
+ * never used.
  *
- * Pages are counted and charged as those of hugetlbfs are: the reservation to
- * the hugetlb cgroup of the task that creates the file, a page to the hugetlb
- * cgroup, and to the memory cgroup if that is told to account HugeTLB, of the
- * task that first touches it.
+ * Accounting is the same as for hugetlbfs.  The reservation is charged to the hugetlb
+ * cgroup of the task that creates the file.  A page is charged to the hugetlb cgroup of
+ * the task that first touches it, and with memory_hugetlb_accounting to its memory
+ * cgroup.
  *
- * What folios a page is in is the job of guestmem_folios.c.
+ * guestmem_split.c determines the folios of a huge page.
  *
- * hugetlb_fault_mutex_table[] serializes everything that happens to a huge page,
- * lookups included.  It nests inside filemap_invalidate_lock() and, as in hugetlbfs,
- * outside the folio lock.  Splitting and merging what the file has excludes all that by
- * holding the former exclusively.
+ * A mutex serializes all operations on a huge page, including lookups.  It nests inside
+ * filemap_invalidate_lock() and outside the folio lock.  Holding the former shared
+ * excludes splitting and merging of the folios that the file has.
  *
- * The last reference to a folio may be dropped after the file has gone, from
- * any context, by free_huge_folio(), or free_guestmem_folio() if it is a piece of a
- * huge page.  These need nothing but the folio, its subpool, and a worker, so this code
- * is built in even if KVM is a module.
+ * The last reference to a folio can be dropped after the file has gone, in any context.
+ * Then free_huge_folio() or free_hugetlb_piece() takes the folio back.  They need the
+ * folio, its subpool and a worker only, so this code is built in even if KVM is a
+ * module.
  */
 #include <linux/export.h>
 #include <linux/guestmem.h>
@@ -35,42 +34,49 @@
 #include <linux/hugetlb_cgroup.h>
 #include <linux/kvm_types.h>
 #include <linux/mempolicy.h>
+#include <linux/mutex.h>
 #include <linux/pagemap.h>
 #include <linux/sched/mm.h>
 #include <linux/slab.h>
 
-#include "guestmem_folios.h"
-#include "guestmem_hugepage.h"
+#include "guestmem_split.h"
 #include "hugetlb_internal.h"
+#include "hugetlb_split.h"
+
+/* Number of huge pages that can be added or removed concurrently. */
+#define GUESTMEM_HUGETLB_NR_MUTEXES	64
 
 /**
- * struct guestmem_hugetlb - what a file of HugeTLB pages has set aside
- * @h: the pool
- * @spool: the reservation; pages of the file that are allocated count as used
- * @rsvd_cgroup: the hugetlb cgroup that the reservation is charged to, or NULL
+ * struct guestmem_hugetlb - state of the allocator for a file of HugeTLB pages
+ * @h: hstate of the pages
+ * @spool: the reservation; allocated pages count as used
+ * @rsvd_cgroup: hugetlb cgroup that the reservation is charged to, or NULL
  * @nr_pages: size of the reservation in base pages
+ * @mutexes: one for every GUESTMEM_HUGETLB_NR_MUTEXES-th huge page of the file
  */
 struct guestmem_hugetlb {
 	struct hstate *h;
 	struct hugepage_subpool *spool;
 	struct hugetlb_cgroup *rsvd_cgroup;
 	unsigned long nr_pages;
+	/* Serialize changes of a huge page, see guestmem_hugetlb_mutex(). */
+	struct mutex mutexes[GUESTMEM_HUGETLB_NR_MUTEXES];
 };
 
-/* Who holds this decides alone about the huge page that @index lies in. */
+/* Return the mutex that serializes operations on the huge page at @index. */
 static struct mutex *guestmem_hugetlb_mutex(struct guestmem_allocator *gm,
 					    pgoff_t index)
 {
-	u32 hash = hugetlb_fault_mutex_hash(gm->mapping, index >> gm->order);
+	struct guestmem_hugetlb *gh = gm->private;
 
-	return &hugetlb_fault_mutex_table[hash];
+	return &gh->mutexes[(index >> gm->order) % GUESTMEM_HUGETLB_NR_MUTEXES];
 }
 
 static int guestmem_hugetlb_reserve(struct guestmem_allocator *gm, loff_t size)
 {
 	struct hstate *h = size_to_hstate(PAGE_SIZE << gm->order);
 	struct guestmem_hugetlb *gh;
-	int r;
+	int i, r;
 
 	if (!h || !IS_ALIGNED(size, huge_page_size(h)))
 		return -EINVAL;
@@ -93,6 +99,10 @@ static int guestmem_hugetlb_reserve(struct guestmem_allocator *gm, loff_t size)
 		goto err_uncharge;
 	}
 
+	for (i = 0; i < GUESTMEM_HUGETLB_NR_MUTEXES; i++)
+		mutex_init(&gh->mutexes[i]);
+
+	gm->part_order = min_t(unsigned int, gm->order, PMD_ORDER);
 	gm->private = gh;
 	return 0;
 
@@ -114,7 +124,7 @@ static void guestmem_hugetlb_unreserve(struct guestmem_allocator *gm)
 	kfree(gh);
 }
 
-/* Take a page of the file's reservation, from where the policy says. */
+/* Allocate a huge page from the reservation of the file, according to its policy. */
 static struct folio *guestmem_hugetlb_get(struct guestmem_allocator *gm,
 					  pgoff_t index)
 {
@@ -125,8 +135,8 @@ static struct folio *guestmem_hugetlb_get(struct guestmem_allocator *gm,
 	struct folio *folio;
 
 	/*
-	 * Fails only if the file's page at this index has been freed but is
-	 * still referenced: then it is not back in the reservation yet.
+	 * Fails only if a huge page that was removed from the file is still referenced:
+	 * it returns to the reservation when the last reference is dropped.
 	 */
 	if (hugepage_subpool_get_pages(gh->spool, 1))
 		return ERR_PTR(-ENOSPC);
@@ -138,7 +148,7 @@ static struct folio *guestmem_hugetlb_get(struct guestmem_allocator *gm,
 #ifdef CONFIG_NUMA
 	mpoli.mode = policy->mode;
 #endif
-	/* It will not migrate out of where pages have to. */
+	/* The folio cannot migrate: do not allocate it from movable memory. */
 	pin = memalloc_pin_save();
 	folio = hugetlb_alloc_folio(gh->h, &mpoli, current->mm,
 				    HUGETLB_ALLOC_USE_GLOBAL_RESERVATIONS |
@@ -152,16 +162,17 @@ static struct folio *guestmem_hugetlb_get(struct guestmem_allocator *gm,
 	}
 
 	/*
-	 * From here on the subpool knows about the page, and the reservation
-	 * is restored through the subpool when the page is freed.
+	 * From now on the subpool counts the page: freeing the page restores the
+	 * reservation through the subpool.
 	 */
 	hugetlb_set_folio_subpool(folio, gh->spool);
 	folio_clear_hugetlb_restore_reserve(folio);
+	folio_set_hugetlb_owned(folio);
 
 	return folio;
 }
 
-/* Let others find a new page. */
+/* Add a new huge page to the page cache as one folio. */
 static struct folio *guestmem_hugetlb_add_whole(struct guestmem_allocator *gm,
 						struct folio *folio, pgoff_t index)
 {
@@ -180,7 +191,7 @@ static struct folio *guestmem_hugetlb_add_whole(struct guestmem_allocator *gm,
 	return folio;
 }
 
-/* Make a zeroed page and let others find it. */
+/* Allocate and zero a huge page, and add it to the page cache. */
 static struct folio *guestmem_hugetlb_add(struct guestmem_allocator *gm,
 					  pgoff_t index)
 {
@@ -195,10 +206,10 @@ static struct folio *guestmem_hugetlb_add(struct guestmem_allocator *gm,
 		return folio;
 
 	folio_zero_user(folio, 0);
-	if (guestmem_folios_is_whole(gm, first))
+	if (guestmem_split_is_whole(gm, first))
 		return guestmem_hugetlb_add_whole(gm, folio, first);
 
-	r = guestmem_folios_add(gm, folio, first);
+	r = guestmem_split_add(gm, folio, first);
 	if (r)
 		return ERR_PTR(r);
 
@@ -234,7 +245,7 @@ static void guestmem_hugetlb_remove(struct guestmem_allocator *gm, pgoff_t index
 	if (!folio_test_hugetlb(folio)) {
 		folio_unlock(folio);
 		folio_put(folio);
-		guestmem_folios_remove(gm, index, drained, list);
+		guestmem_split_remove(gm, index, drained, list);
 		return;
 	}
 
@@ -243,14 +254,13 @@ static void guestmem_hugetlb_remove(struct guestmem_allocator *gm, pgoff_t index
 	folio_unlock(folio);
 
 	/*
-	 * Drop the reference before anyone can look the index up again: this
-	 * puts the page back into the reservation, and the next allocation
-	 * needs it there.
+	 * Drop the reference under the mutex: this returns the page to the reservation,
+	 * where the next allocation at this index needs it.
 	 */
 	folio_put(folio);
 }
 
-/* How many huge pages are freed at once: they have to wait for readers, together. */
+/* Number of huge pages to free per grace period. */
 #define GUESTMEM_HUGETLB_NR_FREE	64
 
 static void guestmem_hugetlb_free(struct guestmem_allocator *gm, pgoff_t start,
@@ -261,7 +271,7 @@ static void guestmem_hugetlb_free(struct guestmem_allocator *gm, pgoff_t start,
 	unsigned int nr = 0;
 	LIST_HEAD(list);
 
-	/* All of it before the first page, so that batches are emptied once. */
+	/* Unmap everything first, so that folio batches are drained only once. */
 	unmap_mapping_pages(gm->mapping, start, end - start, false);
 
 	while (index < end &&
@@ -270,10 +280,10 @@ static void guestmem_hugetlb_free(struct guestmem_allocator *gm, pgoff_t start,
 		guestmem_hugetlb_remove(gm, index, &drained, &list);
 		index += 1UL << gm->order;
 		if (!(++nr % GUESTMEM_HUGETLB_NR_FREE))
-			guestmem_hugepages_free(&list);
+			hugetlb_split_free_list(&list);
 		cond_resched();
 	}
-	guestmem_hugepages_free(&list);
+	hugetlb_split_free_list(&list);
 }
 
 static const struct guestmem_allocator_operations guestmem_hugetlb_ops = {
@@ -281,17 +291,17 @@ static const struct guestmem_allocator_operations guestmem_hugetlb_ops = {
 	.unreserve	= guestmem_hugetlb_unreserve,
 	.allocate	= guestmem_hugetlb_allocate,
 	.free		= guestmem_hugetlb_free,
-	.max_order	= guestmem_folios_max_order,
-	.prepare	= guestmem_folios_prepare,
-	.commit		= guestmem_folios_commit,
-	.abort		= guestmem_folios_abort,
+	.max_order	= guestmem_split_max_order,
+	.prepare_split	= guestmem_split_prepare_split,
+	.prepare_merge	= guestmem_split_prepare_merge,
+	.commit		= guestmem_split_commit,
+	.abort		= guestmem_split_abort,
 };
 
 /**
- * guestmem_hugetlb_orders - tell which HugeTLB page sizes a file can have
+ * guestmem_hugetlb_orders - return the HugeTLB page sizes that a file can have
  *
- * Pages of 4 GiB and more do not count: their size does not fit into the
- * 32 bits that st_blksize has.
+ * Pages of 4 GiB and more are excluded: st_blksize has 32 bits only.
  *
  * Return: A mask in which bit n stands for pages of PAGE_SIZE << n.
  */
@@ -314,12 +324,12 @@ EXPORT_SYMBOL_FOR_KVM(guestmem_hugetlb_orders);
 
 /**
  * guestmem_hugetlb_find - find the allocator for a HugeTLB page size
- * @size_log2: base-2 logarithm of the size in bytes, as userspace encodes it
- *	       for memfd_create() and others; 0 stands for the default size
+ * @size_log2: base-2 logarithm of the size in bytes, as userspace encodes it for
+ *	       memfd_create(); 0 selects the default size
  * @order: set to the order of the pages
  *
- * Return: The operations to use for such a file, or ERR_PTR(-EINVAL) if the
- *	   host has no such pages or a file cannot have them.
+ * Return: The operations of the allocator, or ERR_PTR(-EINVAL) if the host has no such
+ *	   pages or a file cannot have them.
  */
 const struct guestmem_allocator_operations *
 guestmem_hugetlb_find(unsigned int size_log2, unsigned int *order)

@@ -1,10 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Where guest_memfd files get their memory from
+ * Allocators of guest_memfd memory
  *
- * A guest_memfd file does not care what its memory is made of.  It asks an
- * allocator, which it picks when it is created and keeps for life, to set
- * memory aside, to hand it out folio by folio, and to take it back.
+ * A guest_memfd file picks an allocator when it is created and keeps it for life.  The
+ * allocator reserves memory, hands it out folio by folio, and takes it back.
  */
 #ifndef _LINUX_GUESTMEM_H
 #define _LINUX_GUESTMEM_H
@@ -16,22 +15,24 @@
 struct address_space;
 struct folio;
 struct guestmem_allocator_operations;
+struct page;
 struct shared_policy;
 
 /**
  * struct guestmem_allocator - the memory of one guest_memfd file
- * @ops: how to get and give back memory
- * @mapping: the file's page cache, where every folio lives that has been
- *	     allocated and not been freed
- * @policy: the NUMA policies that userspace has set for parts of the file
- * @order: page size of the file, PAGE_SIZE << @order
- * @is_mappable: whether userspace can map the memory of a file that has no @is_private
- * @is_private: tells whether all pages from @start up to, not including, @end are
- *		private, which is true if there are none; NULL if that cannot change
+ * @ops: operations of the allocator
+ * @mapping: page cache of the file, which holds every folio that is allocated
+ * @policy: NUMA policies that userspace set for ranges of the file
+ * @order: the page size of the file is PAGE_SIZE << @order
+ * @is_mappable: userspace can map all of the file, and that cannot change
+ * @may_be_large: tells whether a folio may cover [start, end); NULL if the attributes of
+ *		  the file cannot change
+ * @part_order: order of the folios that a page of the file is split into first
  * @private: state of the allocator
  *
- * Embedded in the file's inode.  The file sets everything but @private before
- * &guestmem_allocator_operations.reserve and does not change it later.
+ * Embedded in the inode of the file.  The allocator sets @part_order and @private in
+ * &guestmem_allocator_operations.reserve, the file sets everything else before.  Neither
+ * changes later.
  */
 struct guestmem_allocator {
 	const struct guestmem_allocator_operations *ops;
@@ -39,146 +40,153 @@ struct guestmem_allocator {
 	struct shared_policy *policy;
 	unsigned int order;
 	bool is_mappable;
-	bool (*is_private)(struct guestmem_allocator *gm, pgoff_t start, pgoff_t end);
+	bool (*may_be_large)(struct guestmem_allocator *gm, pgoff_t start, pgoff_t end);
+	unsigned int part_order;
 	void *private;
 };
 
 /**
- * struct guestmem_change - pages of a file becoming private or shared
- * @start: index of the first page
- * @end: index after the last page
- * @private: whether they become private
- * @wait: waits a little for references to go; false if that has been done long enough
- * @error: index of the page that is to blame if that fails
- * @list: what the allocator is going to change
- * @merges: whether it is going to put folios together that are optimized then
+ * struct guestmem_change - a change of the folios of a file
+ * @wait: waits for references to go; returns false when the time for that is used up
+ * @prepare_folio: called for each folio that splits, while it can be found; optional.  May
+ *		   sleep and allocate.  An error fails the preparation.
+ * @commit_folio: called by the commit for the pages of the range in each folio that
+ *		  splits, while that is still one folio; optional
+ * @busy: index of a page that is referenced, if preparation fails with -EAGAIN
+ *
+ * The caller provides the functions.  The remaining fields belong to the allocator.
  */
 struct guestmem_change {
+	bool (*wait)(struct guestmem_change *change);
+	int (*prepare_folio)(struct guestmem_change *change, struct folio *folio);
+	void (*commit_folio)(struct guestmem_change *change, struct page *page,
+			     unsigned long nr_pages);
+	pgoff_t busy;
+
+	/* private: */
 	pgoff_t start;
 	pgoff_t end;
-	bool private;
-	bool (*wait)(struct guestmem_change *change);
-	pgoff_t error;
-	struct list_head list;
-	bool merges;
+	bool is_merge;
+	bool need_grace_period;
+	struct list_head splits;
 };
 
 /**
- * struct guestmem_allocator_operations - one kind of memory
+ * struct guestmem_allocator_operations - operations of an allocator
  *
- * All operations may sleep, and all of them must be implemented.
+ * All operations may sleep.  An operation can be NULL if an allocator has nothing to do
+ * for it, @allocate and @free excepted.
  *
- * Lookups of a page that is being added or removed wait for that to be over:
- * two callers of @allocate for the same page get the same folio, and neither
- * fails because of the other.  For that to work, whoever has got a folio from
- * @allocate and wants to be rid of it drops the reference first and the folio
- * lock second.  The page cache keeps the folio alive meanwhile, and whoever gets
- * the lock next, be it to free the memory, finds no stray reference.
+ * A lookup of a page that is being added or removed waits for that to end: two callers
+ * of @allocate for the same page get the same folio, and neither fails because of the
+ * other.  This needs a rule for callers of @allocate: drop the reference before the
+ * folio lock.  The page cache keeps the folio alive until then, and the next holder of
+ * the lock, which may free the memory, finds no stray reference.
  *
- * Locks nest in this order::
+ * Lock order::
  *
  *	filemap_invalidate_lock(@mapping), if the caller holds it
- *	  lock of the allocator, e.g. hugetlb_fault_mutex_table[]
+ *	  mutex of the allocator for a page of the file
  *	    folio lock
  */
 struct guestmem_allocator_operations {
 	/**
-	 * @reserve: Set aside the memory for a file of @size bytes.
+	 * @reserve: Reserve memory for a file of @size bytes.
 	 *
-	 * Called once, before anything else.  Charges to the calling task
-	 * what the allocator charges at reservation.
+	 * Called once, before any other operation.  Charges the calling task if the
+	 * allocator charges reservations.
 	 *
-	 * Return: 0, or -EINVAL if the allocator has no pages of this order or
-	 * @size is not a multiple of their size, or -ENOMEM if it cannot set
-	 * aside that much.  After an error nothing is reserved or charged.
+	 * Return: 0, -EINVAL if there are no pages of this order or @size is not a
+	 * multiple of their size, or -ENOMEM if the memory cannot be reserved.  On
+	 * error nothing is reserved or charged.
 	 */
 	int (*reserve)(struct guestmem_allocator *gm, loff_t size);
 
 	/**
-	 * @unreserve: Undo @reserve when the file is gone.
+	 * @unreserve: Undo @reserve when the file goes away.
 	 *
-	 * Called once, after @free of the whole file.  Folios that others still
-	 * hold references to go back when the last reference is dropped, which
-	 * may be long after @gm and the caller's module.
+	 * Called once, after @free of the whole file.  A folio with references goes
+	 * back when the last reference is dropped, possibly long after @gm and the
+	 * caller's module are gone.
 	 */
 	void (*unreserve)(struct guestmem_allocator *gm);
 
 	/**
 	 * @allocate: Get the folio for the page at @index of the file.
 	 *
-	 * Looks the folio up, or allocates it according to @policy or else
-	 * the policy of the calling task, and adds it to @mapping.
+	 * Looks up the folio, or else allocates it according to @policy or the policy
+	 * of the calling task, and adds it to @mapping.
 	 *
-	 * A folio of more than one page is up to date: all of it was zeroed
-	 * before anyone could find it.  A single page may have stale contents
-	 * as long as it is not up to date, so the caller has to clear it or
-	 * to overwrite it in full.
+	 * A folio of more than one page is uptodate and was zeroed before it could be
+	 * found.  A single page that is not uptodate has stale contents: the caller has
+	 * to clear or overwrite all of it.
 	 *
-	 * Return: The folio, locked and with a reference, or an ERR_PTR():
-	 * -ENOMEM or -ENOSPC if there is no memory, or another error from
-	 * adding to the page cache.  After an error the page at @index is as
-	 * it was.
+	 * Return: The folio, locked and with a reference, or an ERR_PTR(): -ENOMEM or
+	 * -ENOSPC if there is no memory, or an error of the page cache.  On error the
+	 * page at @index is unchanged.
 	 */
 	struct folio *(*allocate)(struct guestmem_allocator *gm, pgoff_t index);
 
 	/**
-	 * @free: Remove the pages from @start up to, not including, @end.
+	 * @free: Remove the pages in [@start, @end) from the file.
 	 *
-	 * Both are multiples of the file's page size.  Nothing may be mapped
-	 * into a guest any more.  Memory that is still referenced by others
-	 * leaves the file now and goes back when they let go of it.  Unless
-	 * @unreserve has been called, memory that goes back is reserved for
-	 * the file again.
+	 * Both are multiples of the page size of the file, and no page is mapped into a
+	 * guest.  A folio with references leaves the file now, and goes back when they
+	 * are dropped.  Memory that goes back before @unreserve is reserved for the file
+	 * again.
 	 *
-	 * Context: The caller holds filemap_invalidate_lock() exclusively, or
-	 * the file is going away.
+	 * Context: filemap_invalidate_lock() is held exclusively, or the inode is being
+	 * evicted.
 	 */
 	void (*free)(struct guestmem_allocator *gm, pgoff_t start, pgoff_t end);
 
 	/**
-	 * @max_order: Tell how much memory around a folio can be mapped at once.
+	 * @max_order: Return the order of the largest block that one mapping can cover.
 	 *
-	 * A page of the file is contiguous and naturally aligned in memory, so
-	 * that is a matter of memory errors alone.
+	 * The block is naturally aligned and includes @folio.  A page of the file is
+	 * physically contiguous and aligned, so memory errors alone limit the order.  If
+	 * NULL, the order is 0.
 	 *
-	 * Context: May be atomic, but not with interrupts disabled.  The caller has
-	 * a reference to @folio, or its lock.
-	 * Return: The order of a naturally aligned block that @folio lies in,
-	 * at least that of @folio.
+	 * Context: Atomic with interrupts enabled.  The caller holds a reference to
+	 * @folio, or its lock.
 	 */
-	unsigned int (*max_order)(struct guestmem_allocator *gm,
-				  struct folio *folio);
+	unsigned int (*max_order)(struct guestmem_allocator *gm, struct folio *folio);
 
 	/**
-	 * @prepare: Get ready to split and merge folios, as @change demands.
+	 * @prepare_split: Prepare to split [@start, @end) into single pages.
 	 *
-	 * What is private and what is shared decides what folios there are: a
-	 * page of the file is one folio if it is wholly private.  Otherwise each
-	 * part of PMD_ORDER that is wholly private is one, and all else are
-	 * single pages.  What has memory errors is not put together.
+	 * The rest of a page of the file becomes folios of @part_order where [@start,
+	 * @end) allows it.
 	 *
-	 * Pages that become private are mapped by nobody.  Until @commit or
-	 * @abort nobody finds the folios that are going to change.
+	 * The folios that change are frozen and cannot be found until @commit or @abort.
 	 *
-	 * Context: The caller holds filemap_invalidate_lock() exclusively until
-	 * @commit or @abort.
-	 * Return: 0, or -ENOMEM, or -EINTR if the task is being killed, or
-	 * -EAGAIN if somebody has a reference to a folio.  After an error all is
-	 * as it was, and there is nothing to abort.
+	 * Context: filemap_invalidate_lock() is held exclusively until @commit or @abort.
+	 * Return: 0, -ENOMEM, -EINTR if the task is being killed, or -EAGAIN if the
+	 * folio at @change->busy has a reference.  On error there is nothing to abort.
 	 */
-	int (*prepare)(struct guestmem_allocator *gm, struct guestmem_change *change);
+	int (*prepare_split)(struct guestmem_allocator *gm, struct guestmem_change *change,
+			     pgoff_t start, pgoff_t end);
 
 	/**
-	 * @commit: Split and merge folios.
+	 * @prepare_merge: Prepare to merge the folios in [@start, @end).
 	 *
-	 * Nothing that is going to be split may be mapped into a guest.  Needs
-	 * no memory.
+	 * A page of the file is merged if all of it is in the range, else each part of
+	 * @part_order is.  Folios with memory errors stay as they are.
 	 *
-	 * Context: May sleep.
+	 * Context: As for @prepare_split.  No page of the range is mapped to userspace.
+	 * Return: As for @prepare_split.
+	 */
+	int (*prepare_merge)(struct guestmem_allocator *gm, struct guestmem_change *change,
+			     pgoff_t start, pgoff_t end);
+
+	/**
+	 * @commit: Make a prepared change.
+	 *
+	 * Nothing that is split is mapped into a guest.  Needs no memory.
 	 */
 	void (*commit)(struct guestmem_allocator *gm, struct guestmem_change *change);
 
-	/** @abort: Leave folios as they are. */
+	/** @abort: Undo the preparation of a change. */
 	void (*abort)(struct guestmem_allocator *gm, struct guestmem_change *change);
 };
 

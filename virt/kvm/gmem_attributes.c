@@ -1,27 +1,27 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Which pages of a guest_memfd file are private, and which are shared
+ * Tracking of private and shared pages of guest_memfd files
  */
 
 /**
  * DOC: attributes of guest_memfd pages
  *
- * The attributes are those of the memory, not of the places where VMs see it, so
- * they are kept with the inode and found by page index.  Guests convert memory
- * in ranges, most of it once and for good, so ranges are what is stored.
+ * Attributes belong to the memory, not to its mappings into VMs.  They are
+ * stored with the inode, by page index.  Guests convert memory in ranges, and
+ * most of it only once, so the tree stores ranges.
  *
- * Two rules keep the number of ranges what it must be and lookups simple:
+ * Two rules keep the number of ranges minimal and lookups simple:
  *
- * - every index of the file belongs to exactly one range, from the beginning;
- * - two ranges that touch have different attributes.
+ * - every index of the file is in exactly one range at all times;
+ * - adjacent ranges have different attributes.
  *
- * So the range that an index is in tells at once how far its attributes hold.
+ * A lookup of one index thus also returns how far its attributes extend.
  *
- * The mapping's invalidate_lock protects the tree: it is held exclusively from
- * gmem_attributes_prepare() to the commit or abort that follows, so that what was
- * prepared still fits.  Lookups need no more than RCU, and then tell what was true
- * at some time during the call.  Whoever needs to know more holds the lock, or
- * looks at mmu_invalidate_seq afterward, as vCPU faults do.
+ * The mapping's invalidate_lock protects the tree.  It is held exclusively from
+ * kvm_gmem_attributes_prepare() to the commit or abort, so that the prepared
+ * change still fits.  A lookup needs RCU only, and then returns the state at
+ * some point during the call.  A caller that needs a stable result holds the
+ * lock, or checks mmu_invalidate_seq afterward, as vCPU faults do.
  */
 #include <linux/kvm.h>
 #include <linux/kvm_types.h>
@@ -31,7 +31,7 @@
 
 #include "gmem_attributes.h"
 
-/* An entry for no attributes at all must not look like no entry. */
+/* Store a value entry: attributes of 0 must differ from an absent entry. */
 static void *attributes_to_entry(u64 attributes)
 {
 	return xa_mk_value(attributes);
@@ -43,17 +43,17 @@ static u64 entry_to_attributes(void *entry)
 }
 
 /**
- * gmem_attributes_init - Give all pages of a new file the same attributes
- * @ga: what to initialize
+ * kvm_gmem_attributes_init - Initialize the attributes of a new file
+ * @ga: attributes to initialize
  * @lock: protects @ga, normally the invalidate_lock of the file's mapping
  * @nr_pages: size of the file, at least 1
  * @attributes: KVM_MEMORY_ATTRIBUTE_* of all pages
  *
- * Context: May sleep.  Nobody else knows @ga yet.  @lock is taken.
- * Return: 0, or -ENOMEM, and then there is nothing to destroy.
+ * Context: May sleep, takes @lock.  No other task can access @ga yet.
+ * Return: 0 or -ENOMEM.  On error there is nothing to destroy.
  */
-int gmem_attributes_init(struct gmem_attributes *ga, struct rw_semaphore *lock,
-			 pgoff_t nr_pages, u64 attributes)
+int kvm_gmem_attributes_init(struct gmem_attributes *ga, struct rw_semaphore *lock,
+			     pgoff_t nr_pages, u64 attributes)
 {
 	MA_STATE(mas, &ga->tree, 0, nr_pages - 1);
 	int r;
@@ -71,31 +71,31 @@ int gmem_attributes_init(struct gmem_attributes *ga, struct rw_semaphore *lock,
 }
 
 /**
- * gmem_attributes_destroy - Free what a file's attributes take
- * @ga: attributes of a file that is going away; zeroed memory is fine
+ * kvm_gmem_attributes_destroy - Free the attributes of a file
+ * @ga: attributes to free, or zeroed memory
  *
- * Context: Any that may free memory.  Nobody else knows @ga any more.
+ * Context: Any that may free memory.  No other task can access @ga any more.
  */
-void gmem_attributes_destroy(struct gmem_attributes *ga)
+void kvm_gmem_attributes_destroy(struct gmem_attributes *ga)
 {
 	if (!ga->nr_pages)
 		return;
 
-	/* The lock goes away with the inode, and there is nobody to exclude. */
+	/* No other task can access the tree: do not require the lock. */
 	mt_on_stack(ga->tree);
 	__mt_destroy(&ga->tree);
 }
 
 /**
- * gmem_attributes_get - Look up the attributes of a page, and how far they hold
+ * kvm_gmem_attributes_get - Look up the attributes of a page and their range
  * @ga: attributes of the file
  * @index: page of the file
  *
- * Context: Any.  See the top of this file for what the answer is worth.
+ * Context: Any.  See the top of this file for the validity of the result.
  * Return: The largest range around @index that has the same attributes.
  */
-struct gmem_attributes_range gmem_attributes_get(struct gmem_attributes *ga,
-						 pgoff_t index)
+struct gmem_attributes_range kvm_gmem_attributes_get(struct gmem_attributes *ga,
+						     pgoff_t index)
 {
 	MA_STATE(mas, &ga->tree, index, index);
 	struct gmem_attributes_range range;
@@ -109,7 +109,7 @@ struct gmem_attributes_range gmem_attributes_get(struct gmem_attributes *ga,
 		.last = mas.last,
 		.attributes = entry_to_attributes(entry),
 	};
-	/* What the file does not have is nothing for the host. */
+	/* Treat an index beyond the file as private: the host has no access. */
 	if (WARN_ON_ONCE(!entry))
 		range.attributes = KVM_MEMORY_ATTRIBUTE_PRIVATE;
 
@@ -117,44 +117,43 @@ struct gmem_attributes_range gmem_attributes_get(struct gmem_attributes *ga,
 }
 
 /**
- * gmem_attributes_are - Tell whether all pages of a range have these attributes
+ * kvm_gmem_attributes_are - Check whether all pages of a range have @attributes
  * @ga: attributes of the file
  * @start: index of the first page
  * @end: index after the last page
  * @attributes: KVM_MEMORY_ATTRIBUTE_*
  *
- * Context: Any.  See the top of this file for what the answer is worth.
+ * Context: Any.  See the top of this file for the validity of the result.
  */
-bool gmem_attributes_are(struct gmem_attributes *ga, pgoff_t start, pgoff_t end,
-			 u64 attributes)
+bool kvm_gmem_attributes_are(struct gmem_attributes *ga, pgoff_t start, pgoff_t end,
+			     u64 attributes)
 {
-	struct gmem_attributes_range range = gmem_attributes_get(ga, start);
+	struct gmem_attributes_range range = kvm_gmem_attributes_get(ga, start);
 
 	return range.attributes == attributes && range.last >= end - 1;
 }
 
 /**
- * gmem_attributes_prepare - Get everything that a change of attributes needs
+ * kvm_gmem_attributes_prepare - Allocate the memory for a change of attributes
  * @ga: attributes of the file
- * @change: set to what has to be committed or aborted
+ * @mas: state of the change until it is committed or aborted
  * @start: index of the first page
  * @end: index after the last page; not after the end of the file
- * @attributes: KVM_MEMORY_ATTRIBUTE_* that the pages shall have
- * @gfp: for the memory that the change needs
+ * @attributes: new KVM_MEMORY_ATTRIBUTE_* of the pages
+ * @gfp: flags for the allocation
  *
- * Ranges on both sides that have the same attributes become part of what is
- * stored, so that all of it is one range afterward.
+ * The change merges neighboring ranges that have the same attributes:
+ * @mas->index to @mas->last is the range that has @attributes after the commit.
  *
- * Context: May sleep if @gfp allows it.  The lock is held exclusively until the
- *	    change is committed or aborted, and there is one change at a time.
- * Return: 0, -EALREADY if there is nothing to change, or -ENOMEM.  After an error
- *	   nothing has changed and @change is not to be used.
+ * Context: May sleep if @gfp allows it.  The caller holds the lock exclusively
+ *	    until it commits or aborts the change, and makes one change at a
+ *	    time.
+ * Return: 0, -EALREADY if there is nothing to change, or -ENOMEM.  On error
+ *	   nothing has changed and there is nothing to abort.
  */
-int gmem_attributes_prepare(struct gmem_attributes *ga,
-			    struct gmem_attributes_change *change,
-			    pgoff_t start, pgoff_t end, u64 attributes, gfp_t gfp)
+int kvm_gmem_attributes_prepare(struct gmem_attributes *ga, struct ma_state *mas,
+				pgoff_t start, pgoff_t end, u64 attributes, gfp_t gfp)
 {
-	MA_STATE(mas, &ga->tree, start, start);
 	pgoff_t first = start, last = end - 1;
 	void *found, *entry = attributes_to_entry(attributes);
 	struct ma_state before;
@@ -162,52 +161,53 @@ int gmem_attributes_prepare(struct gmem_attributes *ga,
 	if (WARN_ON_ONCE(start >= end || end > ga->nr_pages))
 		return -EINVAL;
 
-	/* To walk down is what takes long, to go on from there does not. */
-	found = mas_walk(&mas);
-	if (found == entry && mas.last >= last)
+	mas_init(mas, &ga->tree, start);
+
+	/* A walk is expensive: reach the neighbors from where it ends. */
+	found = mas_walk(mas);
+	if (found == entry && mas->last >= last)
 		return -EALREADY;
 
 	if (found == entry) {
-		first = mas.index;
-	} else if (mas.index == start && start) {
-		before = mas;
+		first = mas->index;
+	} else if (mas->index == start && start) {
+		before = *mas;
 		if (mas_prev(&before, 0) == entry)
 			first = before.index;
 	}
 
-	if (mas.last < last) {
-		mas_set(&mas, last);
-		found = mas_walk(&mas);
+	if (mas->last < last) {
+		mas_set(mas, last);
+		found = mas_walk(mas);
 	}
-	if (found != entry && mas.last == last && last < ga->nr_pages - 1)
-		found = mas_next(&mas, ga->nr_pages - 1);
+	if (found != entry && mas->last == last && last < ga->nr_pages - 1)
+		found = mas_next(mas, ga->nr_pages - 1);
 	if (found == entry)
-		last = mas.last;
+		last = mas->last;
 
-	change->attributes = attributes;
-	mas_init(&change->mas, &ga->tree, 0);
-	mas_set_range(&change->mas, first, last);
-	return mas_preallocate(&change->mas, entry, gfp);
+	mas_set_range(mas, first, last);
+	return mas_preallocate(mas, entry, gfp);
 }
 
 /**
- * gmem_attributes_commit - Make a prepared change
- * @change: from gmem_attributes_prepare(), not to be used any more
+ * kvm_gmem_attributes_commit - Make a prepared change
+ * @mas: from kvm_gmem_attributes_prepare()
+ * @attributes: as passed to kvm_gmem_attributes_prepare()
  *
- * Context: The lock has been held exclusively since @change was prepared.
+ * Context: The caller has held the lock exclusively since the preparation.
  */
-void gmem_attributes_commit(struct gmem_attributes_change *change)
+void kvm_gmem_attributes_commit(struct ma_state *mas, u64 attributes)
 {
-	mas_store_prealloc(&change->mas, attributes_to_entry(change->attributes));
+	mas_store_prealloc(mas, attributes_to_entry(attributes));
 }
 
 /**
- * gmem_attributes_abort - Drop a prepared change
- * @change: from gmem_attributes_prepare(), not to be used any more
+ * kvm_gmem_attributes_abort - Drop a prepared change
+ * @mas: from kvm_gmem_attributes_prepare()
  *
- * Context: As for gmem_attributes_commit().
+ * Context: As for kvm_gmem_attributes_commit().
  */
-void gmem_attributes_abort(struct gmem_attributes_change *change)
+void kvm_gmem_attributes_abort(struct ma_state *mas)
 {
-	mas_destroy(&change->mas);
+	mas_destroy(mas);
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * KUnit tests of guest_memfd's attributes
+ * KUnit tests of guest_memfd attributes
  *
- * The truth is an array with one entry a page, or for files that are too large
- * for that, arithmetic.
+ * The expected state of a small file is a bitmap with one bit per page.  The
+ * expected state of a large file is computed.
  */
 #include <kunit/test.h>
 
@@ -18,7 +18,7 @@
 #define SHARED		0
 #define PRIVATE		KVM_MEMORY_ATTRIBUTE_PRIVATE
 
-/* Enough for changes with neighbors and pages beyond these on both sides. */
+/* Enough for a change with two more pages on each side. */
 #define SMALL_PAGES	6
 
 struct gmem_attributes_fixture {
@@ -41,33 +41,33 @@ static void gmem_attributes_test_exit(struct kunit *test)
 {
 	struct gmem_attributes_fixture *f = test->priv;
 
-	gmem_attributes_destroy(&f->ga);
-	/* Nodes are freed later.  That has to work, too, and is part of the test. */
+	kvm_gmem_attributes_destroy(&f->ga);
+	/* RCU frees the nodes.  Wait for that: it is part of the test. */
 	rcu_barrier();
 }
 
-/* A file all of whose pages have @attributes. */
+/* Create a file whose pages all have @attributes. */
 static void create(struct kunit *test, pgoff_t nr_pages, u64 attributes)
 {
 	struct gmem_attributes_fixture *f = test->priv;
 
-	gmem_attributes_destroy(&f->ga);
-	KUNIT_ASSERT_EQ(test, 0, gmem_attributes_init(&f->ga, &f->lock, nr_pages,
-						      attributes));
+	kvm_gmem_attributes_destroy(&f->ga);
+	KUNIT_ASSERT_EQ(test, 0, kvm_gmem_attributes_init(&f->ga, &f->lock, nr_pages,
+							  attributes));
 }
 
 static void set(struct kunit *test, pgoff_t start, pgoff_t end, u64 attributes)
 {
 	struct gmem_attributes_fixture *f = test->priv;
-	struct gmem_attributes_change change;
+	struct ma_state mas;
 	int want, r;
 
 	down_write(&f->lock);
-	want = gmem_attributes_are(&f->ga, start, end, attributes) ? -EALREADY : 0;
-	r = gmem_attributes_prepare(&f->ga, &change, start, end, attributes,
-				    GFP_KERNEL);
+	want = kvm_gmem_attributes_are(&f->ga, start, end, attributes) ? -EALREADY : 0;
+	r = kvm_gmem_attributes_prepare(&f->ga, &mas, start, end, attributes,
+					GFP_KERNEL);
 	if (!r)
-		gmem_attributes_commit(&change);
+		kvm_gmem_attributes_commit(&mas, attributes);
 	up_write(&f->lock);
 	KUNIT_ASSERT_EQ(test, want, r);
 }
@@ -76,14 +76,14 @@ static void expect_range(struct kunit *test, pgoff_t index, pgoff_t first,
 			 pgoff_t last, u64 attributes)
 {
 	struct gmem_attributes_fixture *f = test->priv;
-	struct gmem_attributes_range range = gmem_attributes_get(&f->ga, index);
+	struct gmem_attributes_range range = kvm_gmem_attributes_get(&f->ga, index);
 
 	KUNIT_EXPECT_EQ(test, first, range.first);
 	KUNIT_EXPECT_EQ(test, last, range.last);
 	KUNIT_EXPECT_EQ(test, attributes, range.attributes);
 }
 
-/* Bit n of @state says whether page n of a small file is private. */
+/* Make page n of a small file private if bit n of @state is set. */
 static void create_small(struct kunit *test, unsigned long state)
 {
 	unsigned int i;
@@ -110,7 +110,10 @@ static void expect_small(struct kunit *test, unsigned long state)
 	}
 }
 
-/* Every change of every file of a few pages: all there is to split and merge. */
+/*
+ * Make every change to every state of a small file: this covers all ways to
+ * split and merge ranges.
+ */
 static void every_change_of_a_small_file(struct kunit *test)
 {
 	unsigned long state, want;
@@ -143,11 +146,11 @@ static void are_tells_about_the_whole_range(struct kunit *test)
 	for (start = 0; start < SMALL_PAGES; start++) {
 		for (end = start + 1; end <= SMALL_PAGES; end++) {
 			KUNIT_EXPECT_EQ(test, start >= 2 && end <= 4,
-					gmem_attributes_are(&f->ga, start, end,
-							    PRIVATE));
+					kvm_gmem_attributes_are(&f->ga, start, end,
+								PRIVATE));
 			KUNIT_EXPECT_EQ(test, end <= 2 || start >= 4,
-					gmem_attributes_are(&f->ga, start, end,
-							    SHARED));
+					kvm_gmem_attributes_are(&f->ga, start, end,
+								SHARED));
 		}
 	}
 }
@@ -198,23 +201,23 @@ static void very_many_ranges(struct kunit *test)
 	unsigned long i, nr = 0;
 
 	create(test, MANY_RANGES, SHARED);
-	/* Backward, so that what is stored is never at the end of the tree. */
+	/* Go backward, so that no store appends to the tree. */
 	for (i = MANY_RANGES; i; i -= 2)
 		set(test, i - 1, i, PRIVATE);
 
 	for (i = 0; i < MANY_RANGES; i = range.last + 1, nr++) {
-		range = gmem_attributes_get(&f->ga, i);
+		range = kvm_gmem_attributes_get(&f->ga, i);
 		if (range.first != i || range.last != i ||
 		    range.attributes != (i & 1 ? PRIVATE : SHARED))
 			break;
 	}
 	KUNIT_EXPECT_EQ(test, MANY_RANGES, nr);
 
-	/* Take every other gap away, then all of them, then everything. */
+	/* Close every other gap, then all gaps, then make all pages shared. */
 	for (i = 2; i < MANY_RANGES; i += 4)
 		set(test, i, i + 1, PRIVATE);
 	for (i = 0, nr = 0; i < MANY_RANGES; i = range.last + 1, nr++)
-		range = gmem_attributes_get(&f->ga, i);
+		range = kvm_gmem_attributes_get(&f->ga, i);
 	KUNIT_EXPECT_EQ(test, MANY_RANGES / 2, nr);
 
 	set(test, 1, MANY_RANGES, PRIVATE);
@@ -225,8 +228,9 @@ static void very_many_ranges(struct kunit *test)
 }
 
 /*
- * Trees of two and more levels, each with nodes as full as can be, as empty, and in
- * between.  They go away with the file, or because all of it becomes the same.
+ * Build trees of two and more levels with full nodes, nearly empty nodes, and
+ * nodes in between.  Free a tree with its file, or by setting the same
+ * attributes for all pages.
  */
 static void trees_of_many_shapes(struct kunit *test)
 {
@@ -251,7 +255,7 @@ static void aborted_change_is_none(struct kunit *test)
 {
 	struct gmem_attributes_fixture *f = test->priv;
 	const unsigned long state = GENMASK(3, 2);
-	struct gmem_attributes_change change;
+	struct ma_state mas;
 	unsigned int start, end;
 	int want, r;
 
@@ -260,10 +264,10 @@ static void aborted_change_is_none(struct kunit *test)
 		for (end = start + 1; end <= SMALL_PAGES; end++) {
 			want = start >= 2 && end <= 4 ? -EALREADY : 0;
 			down_write(&f->lock);
-			r = gmem_attributes_prepare(&f->ga, &change, start, end,
-						    PRIVATE, GFP_KERNEL);
+			r = kvm_gmem_attributes_prepare(&f->ga, &mas, start, end,
+							PRIVATE, GFP_KERNEL);
 			if (!r)
-				gmem_attributes_abort(&change);
+				kvm_gmem_attributes_abort(&mas);
 			up_write(&f->lock);
 			KUNIT_EXPECT_EQ(test, want, r);
 			expect_small(test, state);
@@ -272,20 +276,20 @@ static void aborted_change_is_none(struct kunit *test)
 }
 
 #ifdef CONFIG_FAILSLAB
-/* Memory is refused to those who cannot wait for it only, see failslab. */
+/* By default failslab fails only allocations that cannot wait. */
 static bool prepare_fails(struct kunit *test, pgoff_t index)
 {
 	struct gmem_attributes_fixture *f = test->priv;
-	struct gmem_attributes_change change;
+	struct ma_state mas;
 	int r;
 
 	down_write(&f->lock);
 	current->fail_nth = 1;
-	r = gmem_attributes_prepare(&f->ga, &change, index, index + 1, SHARED,
-				    GFP_NOWAIT);
+	r = kvm_gmem_attributes_prepare(&f->ga, &mas, index, index + 1, SHARED,
+					GFP_NOWAIT);
 	current->fail_nth = 0;
 	if (!r)
-		gmem_attributes_abort(&change);
+		kvm_gmem_attributes_abort(&mas);
 	up_write(&f->lock);
 
 	KUNIT_EXPECT_TRUE(test, !r || r == -ENOMEM);
@@ -298,13 +302,13 @@ static void failed_change_is_none(struct kunit *test)
 	unsigned int failed = 0;
 	pgoff_t i;
 
-	/* From one node to several. */
+	/* Grow the tree from one node to several. */
 	create(test, 1000, PRIVATE);
 	for (i = 1; i < 1000; i += 2) {
 		failed += prepare_fails(test, i);
 		expect_range(test, i, i - 1, 999, PRIVATE);
 		KUNIT_EXPECT_EQ(test, i < 2,
-				gmem_attributes_are(&f->ga, 0, i, PRIVATE));
+				kvm_gmem_attributes_are(&f->ga, 0, i, PRIVATE));
 		set(test, i, i + 1, SHARED);
 	}
 	kunit_info(test, "%u of 500 changes refused\n", failed);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Conversion of guest_memfd memory between private and shared, in place
+ * In-place conversion of guest_memfd memory between private and shared
  */
 
 /**
@@ -8,29 +8,28 @@
  *
  * A conversion changes all of a range, or nothing.  It has three steps:
  *
- * - Prepare: get the memory that the change needs.  If memory becomes private, take
- *   it away from the host: unmap it, and see that nobody still uses it.  This may
- *   fail, and all that is left of it then is memory that the host has to fault in
+ * - Prepare: allocate the memory for the change.  If memory becomes private,
+ *   unmap it from the host and check that it has no other users.  This can
+ *   fail.  Then the only effect is that the host has to fault the memory in
  *   again.
- * - Commit: unmap the range from all guests, tell the architecture, and change the
- *   attributes.  This cannot fail.
- * - Abort: give back what prepare has got.
+ * - Commit: unmap the range from all guests, notify the architecture, and
+ *   change the attributes.  This cannot fail.
+ * - Abort: free the memory allocated by prepare.
  *
- * All of it happens under the mapping's invalidate_lock, held exclusively.  That
- * keeps new users away: faults of the host and of guests take the lock shared and
- * look at the attributes under it.  Those that had it before have no effect any
- * more, either.
+ * The mapping's invalidate_lock is held exclusively throughout.  It keeps new
+ * users away: faults of the host and of guests take it shared and check the
+ * attributes under it.  Faults that took the lock earlier are harmless:
  *
- * - A fault of the host holds the folio lock until its page table entry is written.
- *   So once a folio has been locked it is mapped, and can be unmapped, or it is not
- *   going to be.
- * - A guest's fault has dropped its reference together with the lock, and finds out
- *   by mmu_invalidate_seq.
+ * - A fault of the host holds the folio lock until it has written the page
+ *   table entry.  Once the conversion has locked the folio, the fault has
+ *   mapped it, so that it can be unmapped, or the fault does not map it at all.
+ * - A fault of a guest drops its reference before the lock, and then detects
+ *   the conversion by mmu_invalidate_seq.
  *
- * References that are left then belong to somebody who has got the page before, for
- * as long as he likes, and who could write to it whatever the attributes say; or
- * to somebody who needs it for a moment, such as a lookup in the page cache, or an
- * munmap() that has yet to flush TLBs.  The latter are waited for.
+ * The remaining references are of two kinds.  A long-term pin allows writes to
+ * the page whatever its attributes are, so it fails the conversion.  A
+ * short-term reference comes, for example, from a lookup in the page cache, or
+ * from an munmap() that has yet to flush TLBs.  The conversion waits for these.
  */
 #include <linux/delay.h>
 #include <linux/folio_batch.h>
@@ -43,67 +42,71 @@
 
 #include "guest_memfd.h"
 
-/* For how long a conversion waits for references to go, and how often: 10 ms in all. */
+/* Interval and number of the waits for references: 10 ms in total. */
 #define GMEM_CONVERT_WAIT_US	100
 #define GMEM_CONVERT_NR_WAITS	100
 
 /*
- * How many folios with references are put off until others have been checked, beside
- * those of the batch that has been looked at last.
+ * Number of deferred folios that causes a recheck of all of them.  One more
+ * batch can be added before the recheck.
  */
 #define GMEM_CONVERT_NR_BUSY	16
 
 /**
- * struct gmem_conversion - a conversion on its way
- * @inode: whose memory is converted
+ * struct gmem_conversion - state of a conversion
+ * @inode: inode of the file
  * @start: index of the first page
  * @end: index after the last page
- * @attributes: KVM_MEMORY_ATTRIBUTE_* that the range shall have
- * @change: the new attributes, ready to be stored
- * @folios: what folios the allocator has to split and to merge
- * @drained: which of the CPUs' batches of folios have been emptied
- * @nr_waits: how often references have been waited for
- * @busy: folios that had references, by index, in that order
- * @nr_busy: how many
- * @error: index of the page that is to blame if the conversion fails
+ * @attributes: new KVM_MEMORY_ATTRIBUTE_* of the range
+ * @mas: the new attributes, ready to be stored
+ * @folios: the folios that the allocator has to split or merge
+ * @drained: state of the per-CPU folio batches
+ * @nr_waits: number of waits for references
+ * @busy: indices of folios that had references, in ascending order
+ * @nr_busy: number of indices in @busy
+ * @run_pfn: first of a run of contiguous pages that become shared
+ * @run_pages: number of pages in that run
+ * @error: index of the page that makes the conversion fail
  */
 struct gmem_conversion {
 	struct inode *inode;
 	pgoff_t start;
 	pgoff_t end;
 	u64 attributes;
-	struct gmem_attributes_change change;
+	struct ma_state mas;
 	struct guestmem_change folios;
 	enum lru_cache_drained drained;
 	unsigned int nr_waits;
 	pgoff_t busy[GMEM_CONVERT_NR_BUSY + FOLIO_BATCH_SIZE];
 	unsigned int nr_busy;
+	kvm_pfn_t run_pfn;
+	kvm_pfn_t run_pages;
 	pgoff_t error;
 };
 
-static bool gmem_convert_to_private(const struct gmem_conversion *c)
+static bool kvm_gmem_convert_to_private(const struct gmem_conversion *c)
 {
 	return c->attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE;
 }
 
-/* Whether the page cache and the caller are the only users of an unmapped folio. */
-static bool gmem_convert_is_unused(struct folio *folio)
+/* Check that only the page cache and the caller use a folio. */
+static bool kvm_gmem_convert_is_unused(struct folio *folio)
 {
 	int surplus = folio_ref_count(folio) - folio_expected_ref_count(folio) - 1;
 
 	if (folio_mapped(folio))
 		return false;
 
-	/* memory_failure() keeps a reference to what it has poisoned. */
+	/* memory_failure() keeps a reference to a poisoned folio. */
 	return !surplus || (surplus == 1 && folio_test_hwpoison(folio));
 }
 
 /*
- * Wait a little, unless that has been done often enough.  Only that counts, and not what
- * else takes time: the larger a range, and the busier the machine, the more references
- * are met with that others need for a moment only.
+ * Wait briefly for a reference.  Limit the number of waits, not the elapsed
+ * time: a conversion of a large range on a busy system meets many short-term
+ * references.
  */
-static bool gmem_convert_wait(struct gmem_conversion *c)
+static bool kvm_gmem_convert_wait(struct gmem_conversion *c)
 {
 	if (c->nr_waits++ >= GMEM_CONVERT_NR_WAITS)
 		return false;
@@ -112,8 +115,8 @@ static bool gmem_convert_wait(struct gmem_conversion *c)
 	return true;
 }
 
-/* What has been put off until now must not be used any more, or not for long. */
-static int gmem_convert_check_busy(struct gmem_conversion *c)
+/* Recheck the deferred folios; fail with -EAGAIN if a reference persists. */
+static int kvm_gmem_convert_check_busy(struct gmem_conversion *c)
 {
 	struct folio *folio;
 	unsigned int i;
@@ -125,8 +128,8 @@ static int gmem_convert_check_busy(struct gmem_conversion *c)
 			continue;
 
 		do {
-			unused = gmem_convert_is_unused(folio);
-		} while (!unused && gmem_convert_wait(c));
+			unused = kvm_gmem_convert_is_unused(folio);
+		} while (!unused && kvm_gmem_convert_wait(c));
 		folio_put(folio);
 
 		if (!unused) {
@@ -139,15 +142,15 @@ static int gmem_convert_check_busy(struct gmem_conversion *c)
 	return 0;
 }
 
-typedef int (*gmem_convert_fn)(struct gmem_conversion *c, struct folio *folio);
+typedef int (*kvm_gmem_convert_fn)(struct gmem_conversion *c, struct folio *folio);
 
 /*
- * Call @fn for every folio that the file has in the range, with a reference, until
- * it returns an error, or until the task is killed if @killable.  What it has put off
- * is checked when the walk itself has no references.
+ * Call @fn for every folio in the range, with a reference.  Stop if it returns
+ * an error, or if @killable and the task is being killed.  Recheck deferred
+ * folios only when the walk itself has no references.
  */
-static int gmem_convert_walk_folios(struct gmem_conversion *c, bool killable,
-				    gmem_convert_fn fn)
+static int kvm_gmem_convert_walk_folios(struct gmem_conversion *c, bool killable,
+					kvm_gmem_convert_fn fn)
 {
 	struct address_space *mapping = c->inode->i_mapping;
 	pgoff_t index = c->start;
@@ -162,7 +165,7 @@ static int gmem_convert_walk_folios(struct gmem_conversion *c, bool killable,
 		folios_put(&fbatch);
 		cond_resched();
 		if (!r && c->nr_busy >= GMEM_CONVERT_NR_BUSY)
-			r = gmem_convert_check_busy(c);
+			r = kvm_gmem_convert_check_busy(c);
 		if (!r && killable && fatal_signal_pending(current))
 			r = -EINTR;
 	}
@@ -171,11 +174,12 @@ static int gmem_convert_walk_folios(struct gmem_conversion *c, bool killable,
 }
 
 /*
- * Unmap what a fault on the host has mapped since the range was unmapped.  Whoever has
- * the folio lock does not wait for anything that user space could hold up: a fault has
- * got its page table before, and memory_failure() leaves all that to a worker.
+ * Unmap a folio again: a fault of the host may have mapped it since the range
+ * was unmapped.  Userspace cannot delay a holder of the folio lock: a fault
+ * allocates its page table before, and memory_failure() leaves the unmap of
+ * guests to a worker.
  */
-static int gmem_convert_unmap_folio(struct gmem_conversion *c, struct folio *folio)
+static int kvm_gmem_convert_unmap_folio(struct gmem_conversion *c, struct folio *folio)
 {
 	if (folio_lock_killable(folio))
 		return -EINTR;
@@ -188,21 +192,21 @@ static int gmem_convert_unmap_folio(struct gmem_conversion *c, struct folio *fol
 }
 
 /*
- * A reference that somebody needs for a moment is likely to be gone once the other
- * folios have been checked, and nobody can get one that lasts: come back later, instead
- * of waiting for each.
+ * A short-term reference is likely to be dropped while the other folios are
+ * checked, and no task can take a new long-term reference.  Defer the folio
+ * instead of waiting for it.
  */
-static int gmem_convert_check_folio(struct gmem_conversion *c, struct folio *folio)
+static int kvm_gmem_convert_check_folio(struct gmem_conversion *c, struct folio *folio)
 {
-	/* Has never been shared. */
+	/* A large folio is wholly private already. */
 	if (folio_test_large(folio))
 		return 0;
 
-	if (gmem_convert_is_unused(folio))
+	if (kvm_gmem_convert_is_unused(folio))
 		return 0;
 
 	lru_cache_drain_for_folio(folio, 1, &c->drained);
-	if (gmem_convert_is_unused(folio))
+	if (kvm_gmem_convert_is_unused(folio))
 		return 0;
 
 	c->busy[c->nr_busy++] = folio->index;
@@ -210,113 +214,169 @@ static int gmem_convert_check_folio(struct gmem_conversion *c, struct folio *fol
 }
 
 /*
- * Take the range away from the host.  All folios are unmapped before the first one
- * is checked: unmapping leaves folios in the CPUs' batches, which are to be emptied
- * no more than once.
+ * Unmap the range from the host and check for other users.  Unmap all folios
+ * before the first check: unmapping adds folios to the per-CPU batches, and
+ * these should be drained only once.
  */
-static int gmem_convert_take_from_host(struct gmem_conversion *c)
+static int kvm_gmem_convert_take_from_host(struct gmem_conversion *c)
 {
 	int r;
 
 	unmap_mapping_pages(c->inode->i_mapping, c->start, c->end - c->start, false);
 
-	r = gmem_convert_walk_folios(c, true, gmem_convert_unmap_folio);
+	r = kvm_gmem_convert_walk_folios(c, true, kvm_gmem_convert_unmap_folio);
 	if (r)
 		return r;
 
-	r = gmem_convert_walk_folios(c, true, gmem_convert_check_folio);
-	return r ?: gmem_convert_check_busy(c);
+	r = kvm_gmem_convert_walk_folios(c, true, kvm_gmem_convert_check_folio);
+	return r ?: kvm_gmem_convert_check_busy(c);
 }
 
-static bool gmem_convert_wait_for_folio(struct guestmem_change *change)
+static bool kvm_gmem_convert_wait_for_folio(struct guestmem_change *change)
 {
-	return gmem_convert_wait(container_of(change, struct gmem_conversion, folios));
+	return kvm_gmem_convert_wait(container_of(change, struct gmem_conversion, folios));
 }
 
-/* Get ready to split and merge. */
-static int gmem_convert_prepare_folios(struct gmem_conversion *c)
+#ifdef CONFIG_HAVE_KVM_ARCH_GMEM_CONVERT
+static void kvm_gmem_make_shared(kvm_pfn_t pfn, kvm_pfn_t nr_pages)
+{
+	trace_kvm_gmem_make_shared(pfn, nr_pages);
+	kvm_arch_gmem_make_shared(pfn, nr_pages);
+}
+
+static void kvm_gmem_convert_end_run(struct gmem_conversion *c)
+{
+	if (c->run_pages)
+		kvm_gmem_make_shared(c->run_pfn, c->run_pages);
+	c->run_pages = 0;
+}
+
+/* Add a folio to the run of contiguous pages that become shared. */
+static int kvm_gmem_convert_share_folio(struct gmem_conversion *c,
+					struct folio *folio)
+{
+	struct gmem_attributes *ga = &GMEM_I(c->inode)->attributes;
+	kvm_pfn_t pfn = folio_pfn(folio);
+
+	if (!(kvm_gmem_attributes_get(ga, folio->index).attributes &
+	      KVM_MEMORY_ATTRIBUTE_PRIVATE))
+		return 0;
+
+	if (pfn != c->run_pfn + c->run_pages)
+		kvm_gmem_convert_end_run(c);
+	if (!c->run_pages)
+		c->run_pfn = pfn;
+	c->run_pages += folio_nr_pages(folio);
+	return 0;
+}
+
+/*
+ * The attributes are still those from before the conversion.  Folios that
+ * split are not in the page cache now: the allocator reports them.
+ */
+static void kvm_gmem_convert_give_to_host(struct gmem_conversion *c)
+{
+	kvm_gmem_convert_walk_folios(c, false, kvm_gmem_convert_share_folio);
+	kvm_gmem_convert_end_run(c);
+}
+#else
+static void kvm_gmem_convert_give_to_host(struct gmem_conversion *c)
+{
+}
+#endif
+
+#ifdef CONFIG_HAVE_KVM_ARCH_GMEM_CONVERT
+static int kvm_gmem_convert_prepare_split(struct guestmem_change *change,
+					  struct folio *folio)
+{
+	trace_kvm_gmem_prepare_split(folio_pfn(folio), folio_nr_pages(folio));
+	return kvm_arch_gmem_prepare_split(folio_pfn(folio),
+					   folio_nr_pages(folio));
+}
+
+static void kvm_gmem_convert_share_split(struct guestmem_change *change,
+					 struct page *page, unsigned long nr_pages)
+{
+	kvm_gmem_make_shared(page_to_pfn(page), nr_pages);
+}
+#else
+#define kvm_gmem_convert_prepare_split	NULL
+#define kvm_gmem_convert_share_split	NULL
+#endif
+
+/*
+ * Prepare to split or merge folios.  Memory that becomes private can be merged
+ * with private neighbors, but only within the huge pages at both ends of the
+ * range.
+ */
+static int kvm_gmem_convert_prepare_folios(struct gmem_conversion *c)
 {
 	struct guestmem_allocator *gm = &GMEM_I(c->inode)->allocator;
+	pgoff_t size = 1UL << gm->order, start, end;
 	int r;
 
-	c->folios = (struct guestmem_change) {
-		.start = c->start,
-		.end = c->end,
-		.private = gmem_convert_to_private(c),
-		.wait = gmem_convert_wait_for_folio,
-		.error = c->start,
-	};
+	if (!gm->ops->prepare_split)
+		return 0;
 
-	r = gm->ops->prepare(gm, &c->folios);
-	if (r)
-		c->error = c->folios.error;
+	c->folios.wait = kvm_gmem_convert_wait_for_folio;
+	if (kvm_gmem_convert_to_private(c)) {
+		start = max(c->mas.index, round_down(c->start, size));
+		end = min(c->mas.last + 1, round_up(c->end, size));
+		r = gm->ops->prepare_merge(gm, &c->folios, start, end);
+	} else {
+		c->folios.prepare_folio = kvm_gmem_convert_prepare_split;
+		c->folios.commit_folio = kvm_gmem_convert_share_split;
+		r = gm->ops->prepare_split(gm, &c->folios, c->start, c->end);
+	}
+
+	/* Report only pages in the range, not their neighbors. */
+	if (r == -EAGAIN && c->folios.busy >= c->start && c->folios.busy < c->end)
+		c->error = c->folios.busy;
 
 	return r;
 }
 
-static int gmem_convert_prepare(struct gmem_conversion *c)
+static int kvm_gmem_convert_prepare(struct gmem_conversion *c)
 {
 	int r;
 
 	lockdep_assert_held_write(&c->inode->i_mapping->invalidate_lock);
 
-	r = gmem_attributes_prepare(&GMEM_I(c->inode)->attributes, &c->change,
-				    c->start, c->end, c->attributes,
-				    GFP_KERNEL_ACCOUNT);
+	r = kvm_gmem_attributes_prepare(&GMEM_I(c->inode)->attributes, &c->mas,
+					c->start, c->end, c->attributes,
+					GFP_KERNEL_ACCOUNT);
 	if (r)
 		return r;
 
-	if (gmem_convert_to_private(c))
-		r = gmem_convert_take_from_host(c);
+	if (kvm_gmem_convert_to_private(c))
+		r = kvm_gmem_convert_take_from_host(c);
 	if (!r)
-		r = gmem_convert_prepare_folios(c);
+		r = kvm_gmem_convert_prepare_folios(c);
 	if (r)
-		gmem_attributes_abort(&c->change);
+		kvm_gmem_attributes_abort(&c->mas);
 
 	return r;
 }
 
-#ifdef CONFIG_HAVE_KVM_ARCH_GMEM_RECLAIM
-/* All folios are single pages by now, and the attributes are still what they were. */
-static int gmem_convert_make_shared(struct gmem_conversion *c, struct folio *folio)
-{
-	struct gmem_attributes *ga = &GMEM_I(c->inode)->attributes;
-
-	if (gmem_attributes_get(ga, folio->index).attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE) {
-		trace_kvm_gmem_reclaim(folio_pfn(folio), folio_nr_pages(folio));
-		kvm_arch_gmem_reclaim(folio_pfn(folio), folio_nr_pages(folio));
-	}
-	return 0;
-}
-
-static void gmem_convert_give_to_host(struct gmem_conversion *c)
-{
-	gmem_convert_walk_folios(c, false, gmem_convert_make_shared);
-}
-#else
-static void gmem_convert_give_to_host(struct gmem_conversion *c)
-{
-}
-#endif
-
 /*
- * Guests lose what they have mapped as what it is not any more, and keep the rest:
- * TDX cannot unmap private memory without losing what is in it.
+ * Unmap only mappings of the old kind from guests.  TDX cannot unmap private
+ * memory without losing its contents.
  */
-static void gmem_convert_commit(struct gmem_conversion *c)
+static void kvm_gmem_convert_commit(struct gmem_conversion *c)
 {
 	struct guestmem_allocator *gm = &GMEM_I(c->inode)->allocator;
 
 	lockdep_assert_held_write(&c->inode->i_mapping->invalidate_lock);
 
 	kvm_gmem_invalidate_start_filter(c->inode, c->start, c->end,
-					 gmem_convert_to_private(c) ?
+					 kvm_gmem_convert_to_private(c) ?
 					 KVM_FILTER_SHARED : KVM_FILTER_PRIVATE);
 
-	gm->ops->commit(gm, &c->folios);
-	if (!gmem_convert_to_private(c))
-		gmem_convert_give_to_host(c);
-	gmem_attributes_commit(&c->change);
+	if (!kvm_gmem_convert_to_private(c))
+		kvm_gmem_convert_give_to_host(c);
+	if (gm->ops->commit)
+		gm->ops->commit(gm, &c->folios);
+	kvm_gmem_attributes_commit(&c->mas, c->attributes);
 
 	kvm_gmem_invalidate_end(c->inode, c->start, c->end);
 }
@@ -326,16 +386,17 @@ static void gmem_convert_commit(struct gmem_conversion *c)
  * @inode: the file's inode
  * @start: index of the first page
  * @end: index after the last page, not after the end of the file
- * @attributes: KVM_MEMORY_ATTRIBUTE_* that the range shall have
- * @error: set to the index of the page that is to blame for -EAGAIN, else @start
+ * @attributes: new KVM_MEMORY_ATTRIBUTE_* of the range
+ * @error: set to the index of the page in the range that caused -EAGAIN, if
+ *	   any, else to @start
  *
- * Memory keeps its contents, and so do pages that are not allocated keep being
- * that: they are what @attributes says once they are.
+ * Pages keep their contents.  A page that is not allocated stays unallocated,
+ * and has @attributes once it is allocated.
  *
  * Context: May sleep, takes invalidate_lock.
- * Return: 0 if the range has these attributes now, -ENOMEM, -EINTR if the task is
- *	   being killed, or -EAGAIN if somebody has a reference to a page that shall
- *	   become private.  After an error all attributes are as they were.
+ * Return: 0 if the range has these attributes now, -ENOMEM, -EINTR if the task
+ *	   is being killed, or -EAGAIN if a reference to a page persists.  On
+ *	   error all attributes are unchanged.
  */
 int kvm_gmem_convert(struct inode *inode, pgoff_t start, pgoff_t end,
 		     u64 attributes, pgoff_t *error)
@@ -351,15 +412,15 @@ int kvm_gmem_convert(struct inode *inode, pgoff_t start, pgoff_t end,
 	};
 	int r;
 
-	/* Whoever frees or allocates much memory has it for a while. */
+	/* Freeing or allocating much memory holds the lock for long. */
 	if (down_write_killable(&mapping->invalidate_lock)) {
 		*error = start;
 		return -EINTR;
 	}
 
-	r = gmem_convert_prepare(&c);
+	r = kvm_gmem_convert_prepare(&c);
 	if (!r)
-		gmem_convert_commit(&c);
+		kvm_gmem_convert_commit(&c);
 	trace_kvm_gmem_convert(inode->i_ino, start, end, attributes, c.error, r);
 	if (r == -EALREADY)
 		r = 0;

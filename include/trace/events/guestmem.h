@@ -8,7 +8,7 @@
 #include <linux/fs.h>
 #include <linux/tracepoint.h>
 
-/* What was folios of one order is folios of another.  An index is one of base pages. */
+/* Folios of @old_order become folios of @new_order.  @index counts base pages. */
 DECLARE_EVENT_CLASS(guestmem_folios,
 		    TP_PROTO(struct inode *inode, pgoff_t index, unsigned int old_order,
 			     unsigned int new_order),
@@ -33,7 +33,7 @@ DEFINE_EVENT(guestmem_folios, guestmem_split,
 	     TP_ARGS(inode, index, old_order, new_order)
 );
 
-/* A merged folio's old order is that of its largest parts. */
+/* The old order of a merged folio is that of the largest folios it can consist of. */
 DEFINE_EVENT(guestmem_folios, guestmem_merge,
 	     TP_PROTO(struct inode *inode, pgoff_t index, unsigned int old_order,
 		      unsigned int new_order),

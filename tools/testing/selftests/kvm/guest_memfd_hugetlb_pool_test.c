@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * guest_memfd files on HugeTLB pages and what is around them: the cgroups that
- * are charged for the pages, pools that change size and NUMA policies.
+ * guest_memfd files on HugeTLB pages: charges to cgroups, changes of the pool
+ * size and NUMA policies.
  */
 #include <fcntl.h>
 #include <sched.h>
@@ -32,7 +32,8 @@ static struct kvm_vm *create_private_vm(void)
 }
 
 /*
- * In a cgroup of its own, which goes away whatever becomes of the test.
+ * Run each test in a cgroup of its own, which is removed even if the test
+ * fails.
  */
 FIXTURE(cgroup)
 {
@@ -69,7 +70,7 @@ FIXTURE_SETUP(cgroup)
 	hugetlb_get(self->page_size, &self->before);
 }
 
-/* In the parent: it outlives a failed test, and isn't in the cgroup. */
+/* Run in the parent, which outlives a failed test and is not in the cgroup. */
 FIXTURE_TEARDOWN_PARENT(cgroup)
 {
 	rmdir(CGROUP_MOUNT "/gmem_test");
@@ -138,22 +139,22 @@ TEST_F_TIMEOUT(cgroup, use_limit_is_kept, SLOW)
 	hugetlb_expect_released(&self->before, "closed");
 }
 
-/* Removing a cgroup waits for nobody: what is charged moves to the parent. */
+/* A removed cgroup does not wait for pages: their charges move to the parent. */
 TEST_F_TIMEOUT(cgroup, cgroup_can_go_before_its_pages, SLOW)
 {
 	long page = self->page_size;
 	int fd;
 
-	/* Those of other tests may still be on their way. */
+	/* Wait until the cgroups of other tests are freed. */
 	ASSERT_EQ(0, hugetlb_cgroup_wait_for_dying(0));
 
 	fd = vm_create_guest_memfd(self->vm, 2 * page, gmem_flags(page));
 	kvm_fallocate(fd, ALLOCATE, 0, page);
 
 	/*
-	 * Going offline happens in a worker, must come to an end, and takes
-	 * the charge for the page along.  The charge for the reservation keeps
-	 * the cgroup until the file is closed.
+	 * A worker takes the cgroup offline, which must complete, and moves the
+	 * charge for the page to the parent.  The charge for the reservation
+	 * keeps the cgroup until the file is closed.
 	 */
 	hugetlb_cgroup_leave();
 	ASSERT_EQ(0, hugetlb_cgroup_remove());
@@ -170,7 +171,7 @@ TEST_F_TIMEOUT(cgroup, cgroup_can_go_before_its_pages, SLOW)
 	}
 }
 
-/* Slab and per-CPU stock come and go in memory.current. */
+/* Slab and per-CPU stock make memory.current fluctuate. */
 #define MEMCG_SLACK	SZ_1M
 
 TEST_F_TIMEOUT(cgroup, memory_is_charged_with_memory_hugetlb_accounting, SLOW)
@@ -248,8 +249,8 @@ TEST_F_TIMEOUT(cgroup, memory_is_not_charged_otherwise, SLOW)
 }
 
 /*
- * The administrator changes the pool under the file.  2 MiB pages only, as
- * 1 GiB pages that left the pool may not be found again.
+ * Resize the pool under a file.  Use 2 MiB pages only: 1 GiB pages that have
+ * left the pool may not be available again.
  */
 FIXTURE(pool)
 {
@@ -272,7 +273,7 @@ FIXTURE_SETUP(pool)
 	self->fd = vm_create_guest_memfd(self->vm, POOL_PAGES * SZ_2M,
 					 gmem_flags(SZ_2M));
 
-	/* What is reserved can't be taken away, it becomes surplus. */
+	/* Reserved pages cannot be removed from the pool: they become surplus. */
 	hugetlb_write(SZ_2M, "nr_hugepages", 0);
 	ASSERT_EQ(POOL_PAGES, hugetlb_read(SZ_2M, "nr_hugepages"));
 	ASSERT_EQ(POOL_PAGES, hugetlb_read(SZ_2M, "resv_hugepages"));
@@ -315,7 +316,7 @@ TEST_F_TIMEOUT(pool, unused_reservation_of_a_shrunk_pool_goes_at_close, SLOW)
 	EXPECT_EQ(0, hugetlb_read(SZ_2M, "surplus_hugepages"));
 }
 
-/* A punch gives the page back to the file's reservation, not to the system. */
+/* A punch returns the page to the file's reservation, not to the system. */
 TEST_F_TIMEOUT(pool, punch_keeps_the_reservation_of_a_shrunk_pool, SLOW)
 {
 	kvm_fallocate(self->fd, ALLOCATE, 0, POOL_PAGES * SZ_2M);
@@ -329,8 +330,8 @@ TEST_F_TIMEOUT(pool, punch_keeps_the_reservation_of_a_shrunk_pool, SLOW)
 }
 
 /*
- * Pages of hugetlbfs, pinned by a pipe for longer than their reservation lives.
- * A restored reservation keeps a page in the pool only if somebody has it.
+ * Pin hugetlbfs pages by a pipe until their reservation is gone.  A restored
+ * reservation must keep a page in the pool only if it still has an owner.
  */
 static void pin(int pipe_fd, void *p)
 {
@@ -422,7 +423,7 @@ TEST_F(pinned, page_of_a_mount_with_min_size_leaves_the_pool)
 }
 
 /*
- * Two nodes, and memory that comes from where the task's policy says.
+ * Two nodes: allocate memory as the policy requires.
  */
 #define NUMA_PAGES	8l
 
@@ -476,7 +477,7 @@ TEST_F_TIMEOUT(numa, bound_to_each_node, SLOW)
 	hugetlb_expect(&self->before, -4, NUMA_PAGES - 4, "two pages on each node");
 }
 
-/* Of a huge page that has more than one policy. */
+/* Give each huge page more than one policy. */
 TEST_F_TIMEOUT(numa, policy_of_the_first_index_decides, SLOW)
 {
 	struct kvm_vm *vm = vm_create_barebones();
@@ -484,7 +485,7 @@ TEST_F_TIMEOUT(numa, policy_of_the_first_index_decides, SLOW)
 	char *mem;
 	int nid;
 
-	/* The fixture's file has reserved all pages. */
+	/* Close the fixture's file: @before does not include its reservation. */
 	kvm_close(self->fd);
 	self->fd = vm_create_guest_memfd(vm, SZ_4M, gmem_flags(SZ_2M) |
 					 GUEST_MEMFD_FLAG_MMAP |
@@ -508,7 +509,7 @@ TEST_F_TIMEOUT(numa, policy_of_the_first_index_decides, SLOW)
 	kvm_vm_free(vm);
 }
 
-/* What each node has: after a page was used, after it was punched, after close. */
+/* Steps after which each node's counters are recorded. */
 enum { NODE_USE, NODE_PUNCH, NODE_CLOSE, NR_NODE_STEPS };
 static const char * const node_files[] = {
 	"nr_hugepages", "free_hugepages", "surplus_hugepages"
@@ -534,7 +535,7 @@ TEST_F_TIMEOUT(numa, nodes_tell_what_they_tell_for_a_memfd, SLOW)
 	int nid, fd, i;
 	char *mem;
 
-	/* The fixture's file has reserved all pages. */
+	/* Close the fixture's file: @before does not include its reservation. */
 	kvm_close(self->fd);
 	for (nid = 0; nid < 2; nid++) {
 		set_policy(MPOL_BIND, 1 << nid);
@@ -578,7 +579,7 @@ TEST_F_TIMEOUT(numa, interleaved, SLOW)
 
 TEST_F_TIMEOUT(numa, bound_to_both_takes_what_either_has, SLOW)
 {
-	/* The file's pages are reserved, but not where. */
+	/* The file's pages are reserved, but not on a node. */
 	hugetlb_write_node(SZ_2M, 0, "nr_hugepages", 0);
 	EXPECT_EQ(NUMA_PAGES, node_free(1));
 
@@ -616,12 +617,12 @@ TEST_F_TIMEOUT(numa, surplus_is_never_allocated, SLOW)
 		EXPECT_EQ(NUMA_PAGES, hugetlb_read(SZ_2M, "free_hugepages"));
 		EXPECT_EQ(0, gmem_blocks(self->fd));
 
-		/* A memfd would have had one, where it gets as far. */
+		/* Without the policy, the allocation finds a reserved page. */
 		set_policy(MPOL_DEFAULT, 0);
 		kvm_fallocate(self->fd, ALLOCATE, 0, SZ_2M);
 		kvm_fallocate(self->fd, PUNCH_HOLE, 0, SZ_2M);
 
-		/* Not a page more may be reserved than there are, either. */
+		/* A new file cannot reserve surplus pages. */
 		fd = __vm_create_guest_memfd(self->vm, SZ_2M, gmem_flags(SZ_2M));
 		EXPECT_TRUE(fd < 0 && gmem_is_full(errno));
 		EXPECT_EQ(0, hugetlb_read(SZ_2M, "surplus_hugepages"));

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * guest_memfd files on HugeTLB pages: creation, reservation, allocation and
- * what the kernel reports about them.  What cgroups, changes of the pool and
- * NUMA policies make of it is tested in guest_memfd_hugetlb_pool_test.c, what
- * vCPUs see in x86/guest_memfd_hugetlb_fault_test.c, and how KVM maps it in
- * x86/guest_memfd_hugetlb_map_test.c.
+ * guest_memfd files on HugeTLB pages: creation, reservation, allocation and the
+ * counters that the kernel reports.  Other tests cover cgroups, changes of the
+ * pool and NUMA policies (guest_memfd_hugetlb_pool_test.c), faults of vCPUs
+ * (x86/guest_memfd_hugetlb_fault_test.c), and KVM's mappings
+ * (x86/guest_memfd_hugetlb_map_test.c).
  */
 #include <fcntl.h>
 #include <pthread.h>
@@ -37,7 +37,7 @@ static struct kvm_vm *create_private_vm(void)
 	return vm_create_barebones_type(KVM_X86_SW_PROTECTED_VM);
 }
 
-/* A file whose size and flags should be refused, with nothing left behind. */
+/* Expect that creating the file fails and leaves the counters unchanged. */
 static void expect_refused(struct kvm_vm *vm, size_t page_size, u64 size,
 			   u64 flags, const char *why)
 {
@@ -53,7 +53,7 @@ static void expect_refused(struct kvm_vm *vm, size_t page_size, u64 size,
 }
 
 /*
- * What doesn't depend on a page size: the capability and the flags.
+ * Capability and flags, independent of a page size.
  */
 FIXTURE(flags)
 {
@@ -143,7 +143,7 @@ TEST_F_TIMEOUT(flags, every_page_size, SLOW)
 		size = 1ull << field;
 
 		if (field >= 32 || !(self->sizes & (size / getpagesize()))) {
-			/* Even a size that is a multiple of all. */
+			/* Fail even if the file size is a multiple of the page size. */
 			expect_refused(self->vm, SZ_2M, size, flags,
 				       "page size that isn't there");
 			expect_refused(self->vm, SZ_2M, 1ull << 40, flags,
@@ -178,13 +178,13 @@ TEST_F_TIMEOUT(flags, no_page_size_is_the_default_size, SLOW)
 }
 
 /*
- * Files of base and huge pages: one behaviour.
+ * Files of base and huge pages must behave the same.
  */
 FIXTURE(gmem)
 {
 	struct kvm_vm *vm;
 	size_t page_size;
-	/* The usual size of a test file, in pages and in bytes. */
+	/* Size of most test files, in pages and in bytes. */
 	long nr;
 	size_t size;
 	struct hugetlb_counters before;
@@ -285,7 +285,7 @@ TEST_F_TIMEOUT(gmem, fallocate_and_punch, SLOW)
 
 TEST_F_TIMEOUT(gmem, fallocate_takes_every_page_it_touches, SLOW)
 {
-	/* One page is enough to wait for if it is 1 GiB. */
+	/* Touch a single page of 1 GiB, as clearing it is slow. */
 	bool one = self->page_size == SZ_1G;
 	size_t offset = self->page_size - (one ? 0 : SZ_4K);
 	long nr = one ? 1 : 2;
@@ -365,7 +365,7 @@ TEST_F_TIMEOUT(gmem, punch_refuses_parts_of_pages, SLOW)
 	int fd = create(self->vm, self->page_size, self->nr), i, j;
 	long used = 0;
 
-	/* A page for it to hit, unless that takes seconds. */
+	/* Allocate pages to punch, unless that takes seconds. */
 	if (page_size < SZ_1G) {
 		kvm_fallocate(fd, ALLOCATE, 0, self->size);
 		used = self->nr;
@@ -478,7 +478,7 @@ static void *race_to_allocate(void *arg)
 	return NULL;
 }
 
-/* The last pages of the pool: who comes second must not find it empty. */
+/* Race for the last pages of the pool: the loser must not find it empty. */
 TEST_F_TIMEOUT(gmem, racing_allocations_do_not_fail_each_other, SLOW)
 {
 	const int rounds = self->page_size == SZ_1G ? 1 : 50;
@@ -497,7 +497,7 @@ TEST_F_TIMEOUT(gmem, racing_allocations_do_not_fail_each_other, SLOW)
 	for (i = 0; i < ARRAY_SIZE(racers); i++) {
 		racers[i] = (struct racer) {
 			.barrier = &barrier, .fd = fd, .rounds = rounds,
-			/* One page of 1 GiB takes long enough. */
+			/* Allocate a single page of 1 GiB, as clearing it is slow. */
 			.size = min(self->size, (size_t)SZ_1G),
 		};
 		kvm_pthread_create(&threads[i], NULL, race_to_allocate, &racers[i]);
@@ -522,7 +522,7 @@ TEST_F_TIMEOUT(gmem, racing_allocations_do_not_fail_each_other, SLOW)
 }
 
 /*
- * Files of huge pages: what base pages have no equivalent of.
+ * Files of huge pages: tests that do not apply to base pages.
  */
 FIXTURE(hugetlb)
 {
@@ -607,7 +607,7 @@ TEST_F_TIMEOUT(hugetlb, surplus_is_never_reserved, SLOW)
 
 	hugetlb_write(self->page_size, "nr_overcommit_hugepages", 1000);
 
-	/* A memfd may; 1 GiB may or may not be found. */
+	/* A memfd can use surplus pages.  One of 1 GiB may not be available. */
 	mem = hugetlb_memfd_map(self->page_size, avail + 1, &fd);
 	ASSERT_TRUE(mem != MAP_FAILED || self->page_size != SZ_2M);
 	if (mem != MAP_FAILED) {
@@ -620,7 +620,7 @@ TEST_F_TIMEOUT(hugetlb, surplus_is_never_reserved, SLOW)
 	hugetlb_write(self->page_size, "nr_overcommit_hugepages", 0);
 }
 
-/* Every counter after each step, as differences. */
+/* Steps for which the changes of all counters are recorded. */
 enum { STEP_CREATE, STEP_USE, STEP_PUNCH, STEP_REUSE, STEP_CLOSE, NR_STEPS };
 
 static void note_step(const struct hugetlb_counters *before,
@@ -634,8 +634,8 @@ static void note_step(const struct hugetlb_counters *before,
 }
 
 /*
- * Users see the pool's state in many places.  Whoever asks for the pages,
- * the same steps must look the same in all of them.
+ * The pool's state is visible in many places.  In all of them, the same steps
+ * must have the same effect for guest_memfd as for a memfd.
  */
 TEST_F_TIMEOUT(hugetlb, counters_tell_what_they_tell_for_a_memfd, SLOW)
 {
@@ -676,7 +676,7 @@ TEST_F_TIMEOUT(hugetlb, counters_tell_what_they_tell_for_a_memfd, SLOW)
 	hugetlb_expect_released(&before, "closed");
 	note_step(&before, &gmem[STEP_CLOSE]);
 
-	/* What is punched stays reserved, as a VM cannot do without it. */
+	/* guest_memfd keeps the reservation of a punched page for the VM. */
 	memfd[STEP_PUNCH].val[HUGETLB_RESV]++;
 	if (self->page_size == hugetlb_default_size())
 		memfd[STEP_PUNCH].val[HUGETLB_MEMINFO_RSVD]++;
@@ -691,7 +691,7 @@ TEST_F_TIMEOUT(hugetlb, counters_tell_what_they_tell_for_a_memfd, SLOW)
 		}
 	}
 
-	/* That the comparison compares something. */
+	/* Check that the counters do change. */
 	EXPECT_EQ(nr, memfd[STEP_CREATE].val[HUGETLB_RESV]);
 	EXPECT_EQ(nr * self->page_size, memfd[STEP_CREATE].val[HUGETLB_CG_RSVD]);
 	EXPECT_EQ(self->page_size, memfd[STEP_USE].val[HUGETLB_CG_CURRENT]);
@@ -701,7 +701,7 @@ TEST_F_TIMEOUT(hugetlb, counters_tell_what_they_tell_for_a_memfd, SLOW)
 	hugetlb_get(self->page_size, &self->before);
 }
 
-/* What else a file can be is a matter of the VM, as for one of base pages. */
+/* The VM determines the other flags, as for files of base pages. */
 static void check_flags(struct kvm_vm *vm, size_t page_size, const char *name)
 {
 	const u64 flags[] = {
@@ -731,7 +731,7 @@ TEST_F_TIMEOUT(hugetlb, flags_are_those_of_the_vm, SLOW)
 }
 
 /*
- * What is part of the ABI, in figures: the headers are the kernel's own.
+ * Check the ABI by number, as the headers are the kernel's own.
  */
 kvm_static_assert(GUEST_MEMFD_FLAG_HUGETLB == 1ull << 25);
 kvm_static_assert(GUEST_MEMFD_FLAG_HUGETLB_2MB == 21ull << 26);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * HugeTLB pools and everything the kernel reports about them, for tests of
- * guest_memfd files that take their memory from there.
+ * HugeTLB pools and all of their counters, for tests of guest_memfd files that
+ * use pages of the pools.
  */
 #ifndef SELFTEST_KVM_HUGETLB_UTIL_H
 #define SELFTEST_KVM_HUGETLB_UTIL_H
@@ -12,7 +12,7 @@
 
 #define HUGETLB_MAX_NODES	8
 
-/* Pool sizes the tests ask for; 1 GiB pages come from the command line. */
+/* Pool sizes that the tests need.  Reserve 1 GiB pages on the command line. */
 #define HUGETLB_POOL_2M		64
 #define HUGETLB_POOL_1G		2
 
@@ -21,7 +21,7 @@
 #define GMEM_SIZE_SHIFT		26
 #define GMEM_SIZE_MASK		(0x3full << GMEM_SIZE_SHIFT)
 
-/* Every figure that moves when a huge page is reserved, used or freed. */
+/* All counters that change when a huge page is reserved, used or freed. */
 enum hugetlb_counter {
 	/* /sys/kernel/mm/hugepages/ */
 	HUGETLB_TOTAL,
@@ -49,7 +49,7 @@ enum hugetlb_counter {
 };
 
 struct hugetlb_counters {
-	/* The pool, and whether it is only watched, for a file of base pages. */
+	/* The pool's page size, and whether the pool must not change. */
 	size_t size;
 	bool untouched;
 	long val[NR_HUGETLB_COUNTERS];
@@ -57,7 +57,7 @@ struct hugetlb_counters {
 
 extern const char * const hugetlb_counter_names[NR_HUGETLB_COUNTERS];
 
-/* Read the first number that follows @key, or starts the file. */
+/* Read the first number that follows @key, or that starts a line without @key. */
 bool read_number(const char *path, const char *key, long *val);
 void write_number(const char *path, long val);
 
@@ -75,32 +75,32 @@ static inline u64 gmem_flags(size_t page_size)
 	       ((u64)__builtin_ctzl(page_size) << GMEM_SIZE_SHIFT);
 }
 
-/* Why files of @page_size pages can't be tested here, or NULL. */
+/* Return why files of @page_size pages cannot be tested, or NULL. */
 const char *gmem_unavailable(size_t page_size);
 
-/* As gmem_unavailable(SZ_2M), with @nr such pages on each of two nodes. */
+/* The same for 2 MiB, with @nr such pages on each of two nodes. */
 const char *gmem_two_nodes_unavailable(long nr);
 
-/* Bring the pools to the sizes above, what was there returns at exit. */
+/* Set the pool of 2 MiB pages to the size above, and restore pools at exit. */
 void gmem_prepare_pools(void);
 
-/* st_blocks */
+/* Return st_blocks. */
 u64 gmem_blocks(int fd);
 
-/* There is no errno of its own for "the pool or the cgroup has no more". */
+/* An exhausted pool or cgroup has no errno of its own. */
 static inline bool gmem_is_full(int err)
 {
 	return err == ENOMEM || err == ENOSPC;
 }
 
-/* A file of @nr pages that must not be possible, and leave nothing behind. */
+/* Expect that creating a file of @nr pages fails and leaves counters unchanged. */
 void gmem_expect_full(struct kvm_vm *vm, size_t page_size, long nr,
 		      const char *why);
 
-/* Pages that can still be reserved. */
+/* Return the number of pages that can still be reserved. */
 long hugetlb_available(size_t size);
 
-/* The files of one pool; on all nodes together or on one. */
+/* Access the files of one pool, for all nodes or for one. */
 long hugetlb_read(size_t size, const char *file);
 void hugetlb_write(size_t size, const char *file, long val);
 bool hugetlb_has_node(size_t size, int nid);
@@ -110,17 +110,18 @@ void hugetlb_write_node(size_t size, int nid, const char *file, long val);
 void hugetlb_get(size_t size, struct hugetlb_counters *c);
 
 /*
- * Assert that the pool's counters, wherever the kernel shows them, differ from
- * @before by exactly @free free and @resv reserved pages.  For files of base
- * pages nothing may have moved, whatever is asked for.
+ * Assert that the pool's counters, wherever the kernel reports them, differ
+ * from @before by exactly @free free and @resv reserved pages.  For files of
+ * base pages, assert that no counter has changed.
  */
 #define hugetlb_expect(before, free, resv, fmt, ...)			\
 	__hugetlb_expect(before, free, resv, false, __FILE__, __LINE__,	\
 			 fmt, ##__VA_ARGS__)
 
 /*
- * As hugetlb_expect(), when the last reference has gone and the pages may
- * come back from another context.  It polls, and gives up after ten seconds.
+ * Assert that the counters are what they were in @before.  Another context can
+ * free pages after the last reference is dropped, so poll for up to ten
+ * seconds.
  */
 #define hugetlb_expect_released(before, fmt, ...)			\
 	__hugetlb_expect(before, 0, 0, true, __FILE__, __LINE__,	\
@@ -132,20 +133,20 @@ void __printf(7, 8) __hugetlb_expect(const struct hugetlb_counters *before,
 				     const char *fmt, ...);
 
 /*
- * Bring the pool to exactly @nr pages for the rest of the test, no surplus.
- * Returns what could be had.  The first call for a size remembers the present
- * settings; hugetlb_pool_restore_at_exit() puts them back when the process
- * that called it ends.
+ * Set the pool to exactly @nr pages, and allow no surplus.  Return the size
+ * that the pool has reached.  The first call for a page size saves the present
+ * settings.  After hugetlb_pool_restore_at_exit(), they are restored when the
+ * process that called it exits.
  */
 long hugetlb_pool_set(size_t size, long nr);
 void hugetlb_pool_restore_at_exit(void);
 
-/* A memfd of @nr huge pages, mapped, i.e. reserved; or MAP_FAILED. */
+/* Map a memfd of @nr huge pages, which reserves them.  May return MAP_FAILED. */
 void *hugetlb_memfd_map(size_t size, long nr, int *fd);
 
 /*
- * Take @nr free pages, fill them with HUGETLB_DIRT and give them back, so that
- * a page that isn't cleared before its next use shows.
+ * Allocate @nr pages, fill them with HUGETLB_DIRT and free them, so that a page
+ * is recognizable if it is not cleared before its next use.
  */
 #define HUGETLB_DIRT		0xd1d1d1d1d1d1d1d1ull
 #define HUGETLB_DIRT_STRIDE	512
@@ -153,7 +154,8 @@ void hugetlb_dirty_pool(size_t size, long nr);
 
 /*
  * Move the calling process to a new cgroup with the hugetlb and memory
- * controllers, and back.  hugetlb_cgroup_path() is NULL outside.
+ * controllers, and back.  hugetlb_cgroup_path() is NULL before
+ * hugetlb_cgroup_enter() and after hugetlb_cgroup_remove().
  */
 bool hugetlb_cgroup_enter(const char *name);
 void hugetlb_cgroup_leave(void);
@@ -162,11 +164,11 @@ const char *hugetlb_cgroup_path(void);
 void hugetlb_cgroup_write(size_t size, const char *file, const char *val);
 long hugetlb_cgroup_read(size_t size, const char *file);
 
-/* memory_hugetlb_accounting is an option of all mounts together. */
+/* memory_hugetlb_accounting is a mount option, common to all mounts. */
 void hugetlb_cgroup_set_accounting(bool on);
 bool hugetlb_cgroup_get_accounting(void);
 
-/* Until there are @nr removed cgroups that hold something.  Returns how many. */
+/* Wait until there are @nr removed but not yet freed cgroups.  Return their number. */
 long hugetlb_cgroup_wait_for_dying(long nr);
 
 #endif /* SELFTEST_KVM_HUGETLB_UTIL_H */

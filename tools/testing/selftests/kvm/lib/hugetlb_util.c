@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * HugeTLB pools and everything the kernel reports about them.
+ * HugeTLB pools and all of their counters.
  */
 #include <sched.h>
 #include <stdio.h>
@@ -181,7 +181,7 @@ static void get_cgroup(struct hugetlb_counters *c)
 	TEST_ASSERT(read_number(path, "total=", &c->val[HUGETLB_CG_NUMA]),
 		    "No total in %s", path);
 
-	/* There only with memory_hugetlb_accounting. */
+	/* Present only with memory_hugetlb_accounting. */
 	snprintf(path, sizeof(path), "%s/memory.stat", cgroup_path);
 	if (!read_number(path, "hugetlb ", &c->val[HUGETLB_CG_MEMORY]))
 		c->val[HUGETLB_CG_MEMORY] = -1;
@@ -221,7 +221,7 @@ void hugetlb_get(size_t size, struct hugetlb_counters *c)
 		get_cgroup(c);
 }
 
-/* What @before must have become after @free and @resv pages were moved. */
+/* Adjust the counters for a change by @free free and @resv reserved pages. */
 static void add_pages(struct hugetlb_counters *c, long free, long resv)
 {
 	if (c->untouched)
@@ -323,7 +323,7 @@ static void restore_pools(void)
 {
 	int i;
 
-	/* Children inherit the handler but not the job. */
+	/* Children inherit the handler, but must not restore the pools. */
 	if (getpid() != saved_by)
 		return;
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Conversion of guest_memfd memory while everybody else is busy with it.
+ * Conversion of guest_memfd memory while the guest and the host use it.
  *
- * Guests check their own data all the time.  Faults of the host or of a guest are
- * no reason to refuse a conversion.  How often both sides have met is counted and
- * printed, and a race that one side did not take part in fails.
+ * Guests check their own data all the time.  Faults of the host or of a guest must not
+ * make a conversion fail.  The tests count and print how often both sides met.  A race
+ * fails if one side does not take part in it.
  */
 #include <fcntl.h>
 #include <pthread.h>
@@ -31,7 +31,7 @@
 #define MAX_VCPUS	4
 #define NR_HOST_THREADS	4
 
-/* A race is over after so many conversions and rounds of each other side. */
+/* End a race after this many conversions, and this many rounds of each other side. */
 #define NR_CONVERSIONS	400
 #define NR_ROUNDS	20
 #define SLOW		300
@@ -41,29 +41,30 @@
 
 #define PUNCH_HOLE	(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
 
-/* Each vCPU has one word of each page, and nobody else writes to it. */
+/* Each vCPU has one word of each page, and is the only writer of that word. */
 #define TAG		0x600d600d00000000ull
 #define TAG_MASK	0xffffffff00000000ull
 
 /*
- * The pages of the file, and where in it those are that the race is about: on huge
- * pages on both sides of where one ends, and they are split and merged all the time.
+ * Page size of the file, and offset of the pages that the race is about.  In huge
+ * pages, these are on both sides of a boundary between parts, which are split and
+ * merged all the time.
  */
 static u64 page_size = SZ_4K, base;
 
-/* Of a 1 GiB page all of which is looked at, or cleared, fewer are slow enough. */
+/* Fewer for a 1 GiB page, as each round may check or clear all of it. */
 static int nr_conversions = NR_CONVERSIONS;
 
 struct race {
 	struct kvm_vm *vm;
-	gpa_t gpa;		/* of the pages that guests use */
+	gpa_t gpa;		/* guest address of the pages of the race */
 	int nr_vcpus;
 	struct kvm_vcpu *vcpus[MAX_VCPUS];
 	char *mem;
 	int fd;
 	bool punched;		/* words may have become 0 */
 	bool poisoned;		/* pages may have errors */
-	bool zap;		/* the host unmaps what it has read */
+	bool zap;		/* the host unmaps pages that it has read */
 	bool stop;
 	long conversions;
 	long refused;
@@ -80,10 +81,10 @@ FIXTURE(race)
 };
 
 /*
- * Emulated SVM loses guests if other CPUs interrupt them all the time: they end in a
- * triple fault, or never, with the host's registers for their own.  There all but
- * no_vcpu are for a machine with one CPU: tasks are preempted everywhere all the same.
- * Neither are vCPUs moved between CPUs, which is not what is tested here.
+ * Emulated SVM breaks guests that other CPUs interrupt all the time: they end in a
+ * triple fault, or hang, and run with registers of the host.  There, use a machine with
+ * one CPU for all variants but no_vcpu.  Preemption still hits every place in the code.
+ * vCPUs are pinned, as migration between CPUs is not tested here.
  */
 FIXTURE_VARIANT(race)
 {
@@ -111,14 +112,14 @@ FIXTURE_VARIANT_ADD(race, four_vcpus_1g) {
 	.nr_vcpus = MAX_VCPUS, .page_size = SZ_1G, .base = SZ_512M - FILE_SIZE / 2,
 };
 
-/* Twice the pages of the race, or huge pages that these lie in. */
+/* Twice the pages of the race, or the huge pages that contain them. */
 static u64 file_size(void)
 {
 	return page_size == SZ_4K ? 2 * FILE_SIZE :
 	       page_size == SZ_2M ? 2 * page_size : page_size;
 }
 
-/* So that KVM can map it by its pages. */
+/* Bind the whole file, so that KVM can use mappings of its page size. */
 static void add_slot(struct race *r)
 {
 	vm_set_user_memory_region2(r->vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD,
@@ -138,7 +139,7 @@ static int create_file(struct kvm_vm *vm, u64 flags)
 	if (page_size == SZ_4K)
 		return vm_create_guest_memfd(vm, file_size(), flags);
 
-	/* All but the pages that the race is about stay private. */
+	/* Keep all pages private that are not part of the race. */
 	fd = vm_create_guest_memfd(vm, file_size(), flags & ~GUEST_MEMFD_FLAG_INIT_SHARED);
 	if (flags & GUEST_MEMFD_FLAG_INIT_SHARED)
 		TEST_ASSERT(!convert(fd, 0, FILE_SIZE, SHARED), "errno %d", errno);
@@ -149,7 +150,7 @@ static void create(struct race *r, int nr_vcpus)
 {
 	r->nr_vcpus = nr_vcpus;
 	r->gpa = GMEM_GPA + base;
-	/* There is one in any case, but it may be that nobody runs it. */
+	/* Create at least one vCPU, even if the test does not run it. */
 	r->vm = gmem_vm_create(max(nr_vcpus, 1), r->vcpus);
 	r->fd = create_file(r->vm, GUEST_MEMFD_FLAG_INIT_SHARED);
 	add_slot(r);
@@ -179,7 +180,7 @@ FIXTURE_TEARDOWN(race)
 }
 
 /*
- * Guests: every word still holds what was written to it in the round before.
+ * Guests: every word must have the value that was written in the previous round.
  */
 static bool guest_stop;
 
@@ -228,7 +229,7 @@ static void *run_vcpu(void *arg)
 			r->guest_rounds[t->id]++;
 			continue;
 		}
-		/* It was the one and has become the other on the way. */
+		/* The page was converted while KVM handled the fault. */
 		TEST_ASSERT((ret == -EFAULT || (r->poisoned && ret == -EHWPOISON)) &&
 			    vcpu->run->exit_reason == KVM_EXIT_MEMORY_FAULT,
 			    "KVM_RUN: %s, exit %u", strerror(-ret),
@@ -239,8 +240,8 @@ static void *run_vcpu(void *arg)
 }
 
 /*
- * The host: reads words of guests, if it may.  Without guests it has words of its own,
- * and does with them as guests do.
+ * The host: reads words of guests if it has access.  Without guests, it writes words of
+ * its own and checks them as guests do.
  */
 static __thread sigjmp_buf host_jmpbuf;
 static __thread u64 written[NR_PAGES];
@@ -277,7 +278,7 @@ static void *run_host(void *arg)
 			written[i] = val;
 		}
 		r->host_reads[t->id]++;
-		/* So that the next access is a fault, and not only a load. */
+		/* Zap the page, so that the next access is a fault. */
 		if (r->zap)
 			madvise(r->mem + i * SZ_4K, SZ_4K, MADV_DONTNEED);
 	}
@@ -299,7 +300,7 @@ static long sum(const long *val, int nr)
 	return nr ? val[0] + sum(val + 1, nr - 1) : 0;
 }
 
-/* Convert ranges at random until everyone has had enough. */
+/* Convert random ranges until all sides have done their rounds. */
 static void convert_until(struct race *r, bool guests, bool host, bool other)
 {
 	unsigned int seed = 1, start, nr;
@@ -316,8 +317,8 @@ static void convert_until(struct race *r, bool guests, bool host, bool other)
 		refused = 0;
 		ret = convert(r->fd, start * SZ_4K, nr * SZ_4K, attributes);
 		/*
-		 * Who zaps, has pages for as long as the scheduler likes, but no
-		 * longer than until he runs again.
+		 * A thread that zaps pages has references until the scheduler lets it
+		 * run again, however late that is.
 		 */
 		for (; ret && r->zap && errno == EAGAIN && refused < 100; refused++) {
 			sched_yield();
@@ -326,7 +327,7 @@ static void convert_until(struct race *r, bool guests, bool host, bool other)
 		TEST_ASSERT(!ret, "Conversion %ld: errno %d (%s), %d times refused",
 			    r->conversions, errno, strerror(errno), refused);
 		r->refused += refused;
-		/* Now it is for the others: let them have their time. */
+		/* Enough conversions: leave the CPU to the other threads. */
 		if (++r->conversions >= nr_conversions)
 			usleep(1000);
 	}
@@ -394,7 +395,7 @@ TEST_F_TIMEOUT(race, host_zaps, SLOW)
 	run_race(&self->r, true, true, NULL);
 }
 
-/* What a fault maps is mlocked then, and waits in batches for a while. */
+/* A fault mlocks the page that it maps, and leaves it in a batch for a while. */
 TEST_F_TIMEOUT(race, host_reads_what_is_mlocked, SLOW)
 {
 	ASSERT_EQ(0, mlock(self->r.mem, FILE_SIZE));
@@ -402,7 +403,7 @@ TEST_F_TIMEOUT(race, host_reads_what_is_mlocked, SLOW)
 	ASSERT_EQ(0, munlock(self->r.mem, FILE_SIZE));
 }
 
-/* All of the huge pages if that is what there is. */
+/* Extend the range to whole pages of the file, as a hole must be aligned to them. */
 static void punch_pages(struct race *r, u64 start, u64 nr)
 {
 	u64 first = base + start * SZ_4K, end = first + nr * SZ_4K;
@@ -432,7 +433,7 @@ TEST_F_TIMEOUT(race, punch, SLOW)
 	run_race(&self->r, true, true, punch);
 }
 
-/* The next pages of the file. */
+/* Convert the pages that follow those of the race. */
 static void *convert_neighbour(void *arg)
 {
 	struct race *r = arg;
@@ -451,19 +452,19 @@ static void *convert_neighbour(void *arg)
 	return NULL;
 }
 
-/* Both want to split and merge the same huge page. */
+/* Both threads may split and merge the same huge page. */
 TEST_F_TIMEOUT(race, neighbours_are_converted, SLOW)
 {
 	run_race(&self->r, true, true, convert_neighbour);
 }
 
-/* How much of the VM's memory is mapped by large pages, in pages of 2 MiB. */
+/* Return how much of the VM's memory has large mappings, in units of 2 MiB. */
 static long large_mappings(struct race *r)
 {
 	return vm_get_stat(r->vm, pages_2m) + 512 * vm_get_stat(r->vm, pages_1g);
 }
 
-/* Private memory stays as it is, and as it is mapped, while that beside it does not. */
+/* Conversions must not affect contents and access of private memory beside them. */
 static void write_beside(struct race *r, u64 offset)
 {
 	long before = large_mappings(r);
@@ -478,7 +479,7 @@ static void write_beside(struct race *r, u64 offset)
 	if (page_size == SZ_4K)
 		return;
 
-	/* Guests have used what is around all the time, and stop that now. */
+	/* Let vCPU 0 leave guest_rounds(), so that it takes commands again. */
 	guest_stop = true;
 	sync_global_to_guest(r->vm, guest_stop);
 	TEST_ASSERT(!gmem_guest_run(r->vcpus[0]), "errno %d", errno);
@@ -487,7 +488,7 @@ static void write_beside(struct race *r, u64 offset)
 	TEST_ASSERT_EQ(large_mappings(r) - before, (long)(file_size() / SZ_2M));
 }
 
-/* In the same part of a huge page, which is in single pages more often than not. */
+/* Write to the same part of a huge page, which is in pieces most of the time. */
 TEST_F_TIMEOUT(race, neighbours_are_written_to, SLOW)
 {
 	if (!variant->nr_vcpus)
@@ -496,7 +497,10 @@ TEST_F_TIMEOUT(race, neighbours_are_written_to, SLOW)
 	write_beside(&self->r, base + FILE_SIZE);
 }
 
-/* In one that stays mapped as a whole. */
+/*
+ * Write to a part of a 1 GiB page that stays mapped as a whole.  For other page sizes
+ * this is the same as the previous test.
+ */
 TEST_F_TIMEOUT(race, other_parts_are_written_to, SLOW)
 {
 	if (!variant->nr_vcpus)
@@ -505,7 +509,7 @@ TEST_F_TIMEOUT(race, other_parts_are_written_to, SLOW)
 	write_beside(&self->r, page_size == SZ_1G ? base + SZ_4M : base + FILE_SIZE);
 }
 
-/* Lookups by others take references for a moment. */
+/* Lookups take references for a moment. */
 static void *look(void *arg)
 {
 	unsigned char vec[NR_PAGES];
@@ -538,9 +542,9 @@ TEST_F_TIMEOUT(race, lookups_by_others, SLOW)
 }
 
 /*
- * A conversion that takes longer than it would wait for a page meets with many of these
- * references, and none of them is a reason to refuse it.  There is one thread only:
- * while the conversion waits nobody else is in the way of who has the page.
+ * A conversion of a large range runs for longer than it may wait for references, and
+ * meets many of these.  None of them is a reason to fail.  Use a single lookup thread,
+ * so that a thread with a reference gets the CPU while the conversion waits.
  */
 static u64 large_size(void)
 {
@@ -591,8 +595,8 @@ TEST_F_TIMEOUT(race, large_range_and_lookups, SLOW)
 }
 
 /*
- * A guest that reads what may not be there, and takes what it gets for it: memory,
- * nothing at all (MMIO), or an error.
+ * A guest that reads memory which may be missing.  Each access may get memory, MMIO (no
+ * memory), or an error.
  */
 static void guest_reads(u64 gpa)
 {
@@ -670,7 +674,7 @@ TEST_F_TIMEOUT(race, slot_deletion, SLOW)
 	EXPECT_LT(0, t.mmio);
 }
 
-/* A file is closed, and leaves its slot, while it is converted and read. */
+/* Convert a file that the guest reads, until it is closed and leaves its memslot. */
 static void *convert_closed(void *arg)
 {
 	struct race *r = arg;
@@ -704,7 +708,7 @@ TEST_F_TIMEOUT(race, close, SLOW)
 		kvm_pthread_create(&thread, NULL, convert_closed, &r);
 		while (READ_ONCE(r.conversions) < i)
 			sched_yield();
-		/* Something of ours takes its place, or libc may open what it likes. */
+		/* Replace the descriptor, so that libc cannot open another file with its number. */
 		TEST_ASSERT_EQ(dup2(null, r.fd), r.fd);
 		kvm_pthread_join(thread, NULL);
 		kvm_close(r.fd);
@@ -720,7 +724,7 @@ TEST_F_TIMEOUT(race, close, SLOW)
 	EXPECT_LT(0, t.rounds);
 }
 
-/* Pages get errors, and make way for others. */
+/* Poison pages, and punch them out so that new ones replace them. */
 static void *poison(void *arg)
 {
 	struct race *r = arg;
@@ -729,7 +733,7 @@ static void *poison(void *arg)
 	u64 pfn;
 
 	while (!READ_ONCE(r->stop)) {
-		/* Nobody else punches holes: the page stays where it is. */
+		/* No other thread punches holes, so the page stays in the file. */
 		page = rand_r(&seed) % NR_PAGES;
 		pfn = gmem_host_pfn(r->mem + page * SZ_4K);
 		if (!pfn)
@@ -738,7 +742,7 @@ static void *poison(void *arg)
 		TEST_ASSERT(err == EBUSY || (page_size != SZ_4K && !err), "errno %d", err);
 		punch_pages(r, page, 1);
 		madvise(r->mem + page * SZ_4K, SZ_4K, MADV_DONTNEED);
-		/* Somebody may have been about to use it.  A huge page is whole again. */
+		/* A task may still have a reference: retry.  A huge page has been merged. */
 		pfn -= pfn % (page_size / SZ_4K);
 		for (i = 0; i < 1000 && gmem_unpoison(pfn); i++)
 			usleep(1000);

@@ -2,9 +2,9 @@
 /*
  * Conversion of guest_memfd memory between private and shared, in place.
  *
- * What the guest and the host see of a page is checked after every step: the host
- * must have no access to private memory, and contents must never change.  On huge pages
- * the kernel checks in addition that they are in as many parts as they have to be.
+ * Every step checks what the guest and the host see of each page: the host must have no
+ * access to private memory, and contents must never change.  On huge pages the kernel
+ * also checks that they are split exactly as far as the attributes demand.
  */
 #include <fcntl.h>
 #include <pthread.h>
@@ -32,11 +32,11 @@
 #include "processor.h"
 #include "test_util.h"
 
-/* What is looked at, and at which offset; of huge pages it is around an end of 2 MiB. */
+/* Number and offset of the tested pages: in huge pages, on both sides of 2 MiB. */
 #define NR_PAGES	4
 #define HUGE_OFFSET	(SZ_2M - SZ_8K)
 
-/* Where there is room for other files. */
+/* Guest address of memslots for other files. */
 #define OTHER_GPA	(GMEM_GPA + SZ_4G)
 
 /* Clearing 1 GiB takes seconds on an emulated machine. */
@@ -47,21 +47,21 @@
 
 #define PUNCH_HOLE	(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
 
-/* What is stored says where, and how often it has been. */
+/* Value to store.  @gen identifies the write or the page. */
 #define VALUE(gen)	(0x600d000000000000ull + ((u64)(gen) << 32))
 
 struct convert_test {
 	struct kvm_vm *vm;
 	struct kvm_vcpu *vcpu;
-	struct kvm_vcpu *victim;	/* does what ends in an error */
+	struct kvm_vcpu *victim;	/* reads the poisoned page */
 	size_t page_size;
 	u64 file_size;
-	u64 size;			/* what is mapped, and converted as a whole */
-	u64 first;			/* the offset of the first of NR_PAGES */
+	u64 size;			/* mapped, and converted as a whole */
+	u64 first;			/* offset of the first of NR_PAGES */
 	u64 flags;
 	char *mem;
 	int fd;
-	int check;			/* or -1 */
+	int check;			/* gmem_check in debugfs, or -1 */
 	struct hugetlb_counters counters;
 };
 
@@ -119,7 +119,7 @@ FIXTURE_VARIANT_ADD(convert, shared_1g)
 	.attributes = SHARED,
 };
 
-/* What is part of the ABI, in figures: the headers are the kernel's own. */
+/* Check the ABI against literals, as the headers are the kernel's own. */
 kvm_static_assert(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES == 252);
 kvm_static_assert(KVM_SET_MEMORY_ATTRIBUTES2 == 0xc080aed2);
 kvm_static_assert(KVM_MEMORY_ATTRIBUTE_PRIVATE == 1 << 3);
@@ -141,7 +141,7 @@ static void convert(int fd, u64 offset, u64 size, u64 attributes)
 		    size, offset, attributes, errno, strerror(errno), error);
 }
 
-/* Huge pages are in as many parts as they have to be. */
+/* Check that huge pages are split as far as the attributes demand. */
 static void check_folios(struct convert_test *self)
 {
 	if (self->check >= 0)
@@ -169,14 +169,14 @@ static void convert_pages(struct convert_test *self, int page, int nr, u64 attri
 	check_folios(self);
 }
 
-/* More than these pages, if they are parts of huge ones. */
+/* Convert all of the mapped range.  With huge pages, this is more than NR_PAGES. */
 static void convert_all(struct convert_test *self, u64 attributes)
 {
 	convert(self->fd, 0, self->size, attributes);
 	check_folios(self);
 }
 
-/* It has to fail because of this page, and change nothing. */
+/* The conversion must fail because of @page, and change nothing. */
 static void expect_busy(struct convert_test *self, u64 offset, u64 size, int page)
 {
 	u64 error;
@@ -197,7 +197,7 @@ static void guest_check(struct convert_test *self, int page, u64 value)
 	gmem_guest_do(self->vcpu, GMEM_CHECK, page_gpa(self, page), 8, 8, value);
 }
 
-/* The sizes and flags are set, and the VM is there. */
+/* The VM, the sizes and the flags must be set up. */
 static void open_file(struct convert_test *self)
 {
 	self->fd = vm_create_guest_memfd(self->vm, self->file_size, self->flags);
@@ -262,7 +262,7 @@ FIXTURE_TEARDOWN(convert)
 		hugetlb_expect_released(&t->counters, "after close");
 }
 
-/* Each page is as @shared's bit says, and holds what it shall for both sides. */
+/* Check that the host can access only the pages in @shared, and check all values. */
 static void check_all(struct convert_test *self, unsigned long shared,
 		      const u64 *values)
 {
@@ -301,7 +301,7 @@ TEST_F_TIMEOUT(convert, basic_flow, SLOW)
 	}
 }
 
-/* Every set of shared pages, from every other one. */
+/* Go through all sets of shared pages, converting one page at a time. */
 TEST_F_TIMEOUT(convert, any_page_and_its_neighbours, SLOW)
 {
 	unsigned long shared, state = variant->attributes == SHARED ? 15 : 0;
@@ -330,7 +330,7 @@ TEST_F_TIMEOUT(convert, memory_that_is_not_allocated, SLOW)
 	ASSERT_EQ(0, fstat(self->t.fd, &st));
 	EXPECT_EQ(0, st.st_blocks);
 
-	/* One of each kind is there. */
+	/* Allocate one page of each kind. */
 	*word(&self->t, 1) = values[1] = VALUE(1);
 	guest_write(&self->t, 0, values[0] = VALUE(2));
 	check_all(&self->t, BIT(1) | BIT(2), values);
@@ -342,7 +342,7 @@ TEST_F_TIMEOUT(convert, memory_that_is_not_allocated, SLOW)
 
 TEST_F_TIMEOUT(convert, partly_allocated, SLOW)
 {
-	/* One of two huge pages, or pages that have neighbors which are not there. */
+	/* Allocate one huge page, or every second base page. */
 	const int step = self->t.page_size == SZ_4K ? 2 : NR_PAGES;
 	u64 values[NR_PAGES] = {};
 	int i;
@@ -355,7 +355,7 @@ TEST_F_TIMEOUT(convert, partly_allocated, SLOW)
 	check_all(&self->t, 0, values);
 }
 
-/* Holes begin and end where pages of the file do, whatever these are split into. */
+/* Holes must be aligned to pages of the file, even if these are split. */
 static void expect_no_other_holes(struct convert_test *self)
 {
 	const u64 page = self->page_size, ranges[][2] = {
@@ -420,7 +420,7 @@ TEST_F_TIMEOUT(convert, same_again_touches_nothing, SLOW)
 	EXPECT_EQ(0, gmem_host_pfn(word(&self->t, 0)));
 }
 
-/* Both kinds of memory, allocated or not, and none of it is touched by the guest. */
+/* Prefault both kinds of memory, allocated or not, before the guest touches it. */
 TEST_F_TIMEOUT(convert, pre_fault, SLOW)
 {
 	struct kvm_pre_fault_memory range = {
@@ -441,7 +441,7 @@ TEST_F_TIMEOUT(convert, pre_fault, SLOW)
 		r = __vcpu_ioctl(self->t.vcpu, KVM_PRE_FAULT_MEMORY, &range);
 	} while ((!r && range.size) || (r && errno == EINTR));
 	ASSERT_EQ(0, r);
-	/* Of huge pages the first two pages are at the end of 2 MiB that are shared. */
+	/* In huge pages, the first two pages end a 2 MiB block that is all shared. */
 	EXPECT_EQ(mapped_4k + NR_PAGES - 2 * huge, vm_get_stat(self->t.vm, pages_4k));
 	EXPECT_EQ(mapped_2m + huge, vm_get_stat(self->t.vm, pages_2m));
 	ASSERT_EQ(0, fstat(self->t.fd, &st));
@@ -452,7 +452,7 @@ TEST_F_TIMEOUT(convert, pre_fault, SLOW)
 	EXPECT_EQ(faults, vcpu_get_stat(self->t.vcpu, pf_taken));
 }
 
-/* The size of a file is for ever, whatever is private. */
+/* The size of a file is fixed, whether its memory is private or shared. */
 TEST_F_TIMEOUT(convert, truncation, SLOW)
 {
 	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) };
@@ -473,7 +473,7 @@ TEST_F_TIMEOUT(convert, truncation, SLOW)
 	check_all(&self->t, BIT(2) | BIT(3), values);
 }
 
-/* Two files and three slots: what is converted is the memory, and no other. */
+/* Two files and three memslots: only the memory in the range may be converted. */
 TEST_F_TIMEOUT(convert, several_files_and_slots, SLOW)
 {
 	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) };
@@ -482,7 +482,7 @@ TEST_F_TIMEOUT(convert, several_files_and_slots, SLOW)
 	gpa_t gpas[NR_PAGES];
 	int i;
 
-	/* The halves of the second file change places. */
+	/* Swap the halves of the second file in the guest. */
 	open_file(&other);
 	for (i = 0; i < 2; i++)
 		vm_set_user_memory_region2(self->t.vm, GMEM_SLOT + 1 + i,
@@ -510,7 +510,7 @@ TEST_F_TIMEOUT(convert, several_files_and_slots, SLOW)
 	kvm_close(other.fd);
 }
 
-/* Another VM with the same gfns. */
+/* A conversion must not affect the same gfns of another VM. */
 TEST_F_TIMEOUT(convert, another_vm, SLOW)
 {
 	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) };
@@ -539,7 +539,7 @@ TEST_F_TIMEOUT(convert, another_vm, SLOW)
 	kvm_close(other.fd);
 }
 
-/* Shared memory that the host cannot map is the guest's all the same. */
+/* The guest can use shared memory even if the host cannot map the file. */
 TEST_F_TIMEOUT(convert, file_without_mmap, SLOW)
 {
 	struct convert_test other = self->t;
@@ -562,7 +562,7 @@ TEST_F_TIMEOUT(convert, file_without_mmap, SLOW)
 	kvm_close(other.fd);
 }
 
-/* There is nothing, and KVM remembers that; then there is private memory. */
+/* KVM caches that a gfn has no memslot.  Private memory must replace that. */
 TEST_F_TIMEOUT(convert, private_memory_where_there_was_none, SLOW)
 {
 	const gpa_t gpa = OTHER_GPA;
@@ -586,13 +586,13 @@ TEST_F_TIMEOUT(convert, private_memory_where_there_was_none, SLOW)
 	kvm_close(fd);
 }
 
-/* There is no limit to how many ranges there are, but that they are charged. */
+/* The number of ranges is not limited, but their memory is charged. */
 TEST_F_TIMEOUT(convert, attributes_are_charged, SLOW)
 {
 	const size_t page_size = self->t.page_size;
 	const u64 size = page_size == SZ_2M ? hugetlb_available(SZ_2M) * SZ_2M : SZ_1G;
 	const long nr = min_t(long, 20000, size / SZ_8K - 1);
-	/* If all leaves of the tree were full, a range would take 16 bytes of them. */
+	/* A range takes 16 bytes of the tree if all leaves are full, and more otherwise. */
 	const long want = 2 * nr * 16;
 	long before, after;
 	int fd, i;
@@ -610,7 +610,7 @@ TEST_F_TIMEOUT(convert, attributes_are_charged, SLOW)
 }
 
 /*
- * A page with an error: lost to all, and in nobody's way.
+ * A page with an error: inaccessible to all users, but no obstacle to anything else.
  */
 
 static void stop_checking_folios(struct convert_test *self)
@@ -639,26 +639,26 @@ TEST_F_TIMEOUT(convert, memory_error, SLOW)
 	}
 	pfn = gmem_host_pfn(word(&self->t, 1));
 	ASSERT_NE(0, pfn);
-	/* memory_failure() takes it for a failure that the page stays in the file. */
+	/* For a base page, memory_failure() fails because the page stays in the file. */
 	ASSERT_EQ(huge ? 0 : EBUSY, gmem_poison(pfn));
-	/* What has an error is not put together. */
+	/* A huge page with an error is not merged. */
 	stop_checking_folios(&self->t);
 
 	EXPECT_EQ(-EHWPOISON, gmem_read_until_error(self->t.victim, page_gpa(&self->t, 1)));
-	/* Its neighbours stay mapped, or are again, but for 2 MiB that have it in them. */
+	/* Neighbors must stay mapped, except in the 2 MiB block that has the page. */
 	faults = vcpu_get_stat(self->t.vcpu, pf_taken);
 	for (i = 0; i < NR_PAGES; i++) {
 		if (i != 1)
 			guest_check(&self->t, i, values[i]);
 	}
-	/* All of 1 GiB has been one mapping if it was shared as a whole. */
+	/* A 1 GiB page that is shared as a whole had a single mapping. */
 	lost = huge + (variant->page_size == SZ_1G && !variant->attributes);
 	EXPECT_EQ(faults + lost, vcpu_get_stat(self->t.vcpu, pf_taken));
 
-	/* It can be converted like any other, and does not get lost for another. */
+	/* The page can be converted like any other, and a new one does not replace it. */
 	for (j = 0; j < 4; j++) {
 		TEST_EXPECT_SIGBUS(READ_ONCE(*word(&self->t, 1)));
-		/* The guest tries again where it was. */
+		/* The guest retries the same access. */
 		EXPECT_EQ(-EHWPOISON, gmem_guest_run(self->t.victim));
 		for (i = 0; i < NR_PAGES; i++) {
 			if (i == 1)
@@ -669,7 +669,7 @@ TEST_F_TIMEOUT(convert, memory_error, SLOW)
 				TEST_ASSERT_EQ(READ_ONCE(*word(&self->t, i)), values[i]);
 			guest_check(&self->t, i, values[i]);
 		}
-		/* Nor does a mapping of its neighbors lead to it. */
+		/* A mapping of the neighbors must not give access to the page. */
 		EXPECT_EQ(-EHWPOISON, gmem_guest_run(self->t.victim)) {
 			TH_LOG("guest reads it while it is %s", j & 1 ? "private" : "shared");
 		}
@@ -678,10 +678,10 @@ TEST_F_TIMEOUT(convert, memory_error, SLOW)
 		convert_all(&self->t, j & 1 ? SHARED : PRIVATE);
 	}
 
-	/* A hole takes the page out of the file, and there is another one then. */
+	/* A hole removes the page from the file, so that the next access gets a new one. */
 	kvm_fallocate(self->t.fd, PUNCH_HOLE, hole, size);
 	EXPECT_EQ(0, gmem_guest_run(self->t.victim));
-	/* Of a base page, the host's page tables remember the error until they are emptied. */
+	/* For a base page, page tables of the host keep the error until they are zapped. */
 	if (!huge)
 		TEST_EXPECT_SIGBUS(READ_ONCE(*word(&self->t, 1)));
 	ASSERT_EQ(0, madvise(word(&self->t, 1), SZ_4K, MADV_DONTNEED));
@@ -691,11 +691,11 @@ TEST_F_TIMEOUT(convert, memory_error, SLOW)
 	}
 	check_all(&self->t, -1ul, values);
 	EXPECT_NE(pfn, gmem_host_pfn(word(&self->t, 1)));
-	/* Of the whole page, as it is now. */
+	/* Unpoison the page as a whole: a huge page has been merged. */
 	ASSERT_EQ(0, gmem_unpoison(pfn & ~(size / SZ_4K - 1)));
 }
 
-/* What a child has mapped goes as well, and it can be had again. */
+/* A conversion also unmaps memory from a child, which can fault it in again later. */
 TEST_F_TIMEOUT(convert, fork, SLOW)
 {
 	int to_child[2], to_parent[2], status;
@@ -738,7 +738,7 @@ TEST_F_TIMEOUT(convert, pinned_page_cannot_become_private, SLOW)
 
 	for (i = 0; i < NR_PAGES; i++) {
 		TEST_ASSERT(!pipe(fds), "pipe() failed");
-		/* All pages from this one. */
+		/* Pin all pages from this one on. */
 		for (j = i; j < NR_PAGES; j++)
 			gmem_pin(fds[1], word(&self->t, j));
 
@@ -746,7 +746,7 @@ TEST_F_TIMEOUT(convert, pinned_page_cannot_become_private, SLOW)
 		check_all(&self->t, -1ul, values);
 		expect_busy(&self->t, page_offset(&self->t, 3), SZ_4K, 3);
 
-		/* Nothing is in the way of the others. */
+		/* Pages before the pins can still be converted. */
 		if (i) {
 			convert_pages(&self->t, 0, i, PRIVATE);
 			check_all(&self->t, 15 & ~(BIT(i) - 1), values);
@@ -762,7 +762,7 @@ TEST_F_TIMEOUT(convert, pinned_page_cannot_become_private, SLOW)
 
 #define GUP_TEST	"/sys/kernel/debug/gup_test"
 
-/* As a device would be given memory, and for as long as it likes. */
+/* Pin memory as for a device, until PIN_LONGTERM_TEST_STOP. */
 static void pin_longterm(int gup_test, void *p, u64 size, u32 flags)
 {
 	struct pin_longterm_test args = {
@@ -804,7 +804,7 @@ TEST_F_TIMEOUT(convert, long_term_pins, SLOW)
 				ASSERT_EQ(0, ioctl(gup_test, PIN_LONGTERM_TEST_READ, &p));
 				EXPECT_EQ(values[first], *p);
 
-				/* Nothing is in the way of what comes after them. */
+				/* Pages after the pins can still be converted. */
 				if (first + nr < NR_PAGES)
 					convert_pages(&self->t, first + nr,
 						      NR_PAGES - first - nr, PRIVATE);
@@ -820,7 +820,7 @@ TEST_F_TIMEOUT(convert, long_term_pins, SLOW)
 	kvm_close(gup_test);
 }
 
-/* Buffers that io_uring keeps. */
+/* Buffers that are registered with io_uring stay pinned. */
 TEST_F_TIMEOUT(convert, io_uring_buffers, SLOW)
 {
 	struct iovec iov = { .iov_base = word(&self->t, 1), .iov_len = 2 * SZ_4K };
@@ -842,7 +842,7 @@ TEST_F_TIMEOUT(convert, io_uring_buffers, SLOW)
 	convert_pages(&self->t, 3, 1, PRIVATE);
 	check_all(&self->t, GENMASK(2, 0), values);
 
-	/* The pages are let go soon after. */
+	/* io_uring drops the references a little later. */
 	ASSERT_EQ(0, syscall(__NR_io_uring_register, ring, IORING_UNREGISTER_BUFFERS,
 			     NULL, 0));
 	do {
@@ -856,7 +856,7 @@ TEST_F_TIMEOUT(convert, io_uring_buffers, SLOW)
 	kvm_close(ring);
 }
 
-/* How often @value is in a file, at any multiple of its size. */
+/* Count how often @value is in a file, at multiples of its size. */
 static long count_in_file(const char *path, u64 value)
 {
 	u64 buf[SZ_4K / sizeof(u64)];
@@ -902,7 +902,7 @@ TEST_F_TIMEOUT(convert, core_dump_holds_only_what_is_shared, SLOW)
 	for (i = 0; i < NR_PAGES; i++) {
 		gmem_guest_do(self->t.vcpu, GMEM_WRITE, page_gpa(&self->t, i), SZ_4K, 8,
 			      VALUE(i));
-		/* What is in a page table is dumped. */
+		/* Map the page, so that the conversion has to unmap it. */
 		READ_ONCE(*word(&self->t, i));
 	}
 	convert_pages(&self->t, 0, 2, PRIVATE);
@@ -920,7 +920,7 @@ TEST_F_TIMEOUT(convert, core_dump_holds_only_what_is_shared, SLOW)
 	ASSERT_EQ(pid, r);
 	ASSERT_TRUE(WIFSIGNALED(status) && WCOREDUMP(status));
 
-	/* The child did not know, so what is looked for was in none of its variables. */
+	/* The dump includes variables: search for values that the child never computed. */
 	offset = SZ_2K + pid % 128 * sizeof(u64);
 	snprintf(core, sizeof(core), "gmem_core.%d", pid);
 	for (i = 0; i < NR_PAGES; i++)
@@ -929,13 +929,13 @@ TEST_F_TIMEOUT(convert, core_dump_holds_only_what_is_shared, SLOW)
 }
 
 /*
- * Pins that are let go one after the other, while a conversion waits.
+ * Pins that are dropped one by one while a conversion waits.
  */
 #define MAX_RELEASED	64
 
 struct release {
 	int nr;
-	int usecs;		/* before each of them */
+	int usecs;		/* delay before each release */
 	int fds[MAX_RELEASED][2];
 	bool start;
 	int released;
@@ -956,7 +956,10 @@ static void *release_one_by_one(void *data)
 	return NULL;
 }
 
-/* What the conversion of all these pages says; @released is how many were let go by then. */
+/*
+ * Convert @nr pinned pages while their pins are dropped.  @released is set to the
+ * number of pins that were dropped before the conversion returned.
+ */
 static int convert_while_released(int fd, char *mem, int nr, int usecs, int *released)
 {
 	struct release release = { .nr = nr, .usecs = usecs };
@@ -976,13 +979,13 @@ static int convert_while_released(int fd, char *mem, int nr, int usecs, int *rel
 
 	TEST_ASSERT(!r || r == -EAGAIN, "errno %d (%s)", -r, strerror(-r));
 	convert(fd, 0, nr * SZ_4K, SHARED);
-	/* The machine was busy elsewhere, this tells nothing. */
+	/* A pin was dropped before the conversion began, so the result is meaningless. */
 	return before ? 1 : r;
 }
 
 /*
- * Time is what is tested here: 10 ms for all pages together.  On a machine that is
- * busy elsewhere both sides may take longer, and have some more tries.
+ * Test the time limit, which is 10 ms for all pages together.  On a busy machine both
+ * sides may take longer, so allow a number of attempts.
  */
 TEST_F_TIMEOUT(convert, wait_for_pins, SLOW)
 {
@@ -998,12 +1001,12 @@ TEST_F_TIMEOUT(convert, wait_for_pins, SLOW)
 		waited += !convert_while_released(fd, mem, 1, 2000, &released);
 	EXPECT_NE(0, waited);
 
-	/* Nor is it of use to anybody to give up because there are many. */
+	/* A conversion must not fail just because it has to wait for many pages. */
 	for (i = 0, waited = 0; i < 20 && !waited; i++)
 		waited += !convert_while_released(fd, mem, 20, 100, &released);
 	EXPECT_NE(0, waited);
 
-	/* Each of them is let go in time, if its time began when it is its turn. */
+	/* The limit is for all pages: fail even if no single page exceeds it. */
 	for (i = 0; i < 20 && !refused; i++) {
 		r = convert_while_released(fd, mem, MAX_RELEASED, 6000, &released);
 		EXPECT_NE(0, r);
@@ -1027,7 +1030,7 @@ static void *allocate(void *arg)
 	return NULL;
 }
 
-/* Who fills a file gives way to others between two of its pages. */
+/* fallocate() lets other tasks take the lock between two pages of the file. */
 TEST_F_TIMEOUT(convert, while_allocated, SLOW)
 {
 	struct allocation a = {
@@ -1053,7 +1056,7 @@ TEST_F_TIMEOUT(convert, while_allocated, SLOW)
 	kvm_close(a.fd);
 }
 
-/* Doors through which the kernel would fetch memory for somebody. */
+/* Try interfaces through which the kernel accesses memory for a process. */
 static void expect_doors(struct convert_test *self, int page, bool shared)
 {
 	struct iovec remote = { .iov_base = word(self, page), .iov_len = 8 };
@@ -1088,7 +1091,7 @@ TEST_F_TIMEOUT(convert, doors_are_shut_for_private_memory, SLOW)
 	char *again, *to;
 	int i;
 
-	/* Never shared, never allocated; then in use; then just private. */
+	/* Private memory: not allocated, then used by the guest, then shared and back. */
 	convert_all(&self->t, PRIVATE);
 	for (i = 0; i < NR_PAGES; i++)
 		expect_doors(&self->t, i, false);
@@ -1104,7 +1107,7 @@ TEST_F_TIMEOUT(convert, doors_are_shut_for_private_memory, SLOW)
 	for (i = 0; i < NR_PAGES; i++)
 		expect_doors(&self->t, i, false);
 
-	/* Another mapping, and one that has moved with the page in it. */
+	/* Use a second mapping, and move it with the page in it. */
 	again = kvm_mmap(size, PROT_READ, MAP_SHARED, self->t.fd);
 	TEST_EXPECT_SIGBUS(READ_ONCE(*again));
 	convert_all(&self->t, SHARED);
@@ -1155,11 +1158,11 @@ static void *knock(void *data)
 		count_door(k, !madvise(p, SZ_4K, MADV_POPULATE_WRITE));
 		TEST_ASSERT(write(fds[1], &value, 8) == 8, "write() failed");
 		count_door(k, read(fds[0], p, 8) == 8);
-		/* What could not be copied may still be there, or not. */
+		/* A failed read() may have left data in the pipe: continue with a new one. */
 		kvm_close(fds[0]);
 		kvm_close(fds[1]);
 		TEST_ASSERT(!pipe(fds), "pipe() failed");
-		/* Pins for a moment. */
+		/* Pin the page for a moment. */
 		if (vmsplice(fds[1], &remote, 1, 0) == 8)
 			TEST_ASSERT(read(fds[0], &buf, 8) == 8, "read() failed");
 	}
@@ -1169,10 +1172,10 @@ static void *knock(void *data)
 	return NULL;
 }
 
-/* Nothing that goes through a door before arrives after the page has become private. */
+/* No write through these interfaces may arrive after the page has become private. */
 TEST_F_TIMEOUT(convert, doors_while_memory_becomes_private, SLOW)
 {
-	/* Of what is shared in 1 GiB each piece is checked. */
+	/* In a 1 GiB page, a conversion checks every shared piece. */
 	const int rounds = self->t.page_size == SZ_1G ? 25 : 100;
 	struct knocking k = { .t = &self->t };
 	long refused = 0, opened, shut;
@@ -1207,14 +1210,14 @@ TEST_F_TIMEOUT(convert, doors_while_memory_becomes_private, SLOW)
 	       k.opened, k.shut, k.met, refused);
 }
 
-/* One more update of the clock that KVM keeps for the guest; pages of VALUE(page). */
+/* Make KVM update the guest's clock.  @page must contain VALUE(@page). */
 static void update_clock(struct convert_test *self, int page)
 {
 	vcpu_ioctl(self->vcpu, KVM_KVMCLOCK_CTRL, NULL);
 	guest_check(self, page, VALUE(page));
 }
 
-/* KVM reads and writes through the host's mapping, and remembers where that leads. */
+/* KVM accesses the clock through the host's mapping, and caches the pfn. */
 TEST_F_TIMEOUT(convert, kvm_keeps_out_of_private_memory, SLOW)
 {
 	struct pvclock_vcpu_time_info *clock = (void *)word(&self->t, 0);
@@ -1300,7 +1303,7 @@ TEST_F_TIMEOUT(convert, errors, SLOW)
 	EXPECT_EQ(-1, ioctl(self->t.fd, KVM_CHECK_EXTENSION, 0));
 	EXPECT_EQ(ENOTTY, errno);
 
-	/* A VM that has no private memory, and no files of huge pages. */
+	/* A VM without private memory has no attributes, and its files cannot be converted. */
 	vm = vm_create_barebones();
 	EXPECT_EQ(0, vm_check_cap(vm, KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES));
 	fd = vm_create_guest_memfd(vm, SZ_4K, variant->flags);
@@ -1312,8 +1315,23 @@ TEST_F_TIMEOUT(convert, errors, SLOW)
 	kvm_vm_free(vm);
 }
 
+/* ENOTTY if the VM's own attributes are not built in. */
+static bool v1_is_refused(struct kvm_vm *vm, u64 attributes)
+{
+	struct kvm_memory_attributes attrs = {
+		.address = GMEM_GPA,
+		.size = SZ_4K,
+		.attributes = attributes,
+	};
+
+	return __vm_ioctl(vm, KVM_SET_MEMORY_ATTRIBUTES, &attrs) == -1 &&
+	       (errno == EINVAL || errno == ENOTTY);
+}
+
 TEST_F_TIMEOUT(convert, capabilities, SLOW)
 {
+	EXPECT_TRUE(v1_is_refused(self->t.vm, PRIVATE));
+	EXPECT_TRUE(v1_is_refused(self->t.vm, SHARED));
 	EXPECT_EQ(PRIVATE, kvm_check_cap(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES));
 	EXPECT_EQ(PRIVATE, vm_check_cap(self->t.vm, KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES));
 	EXPECT_EQ(0, kvm_check_cap(KVM_CAP_MEMORY_ATTRIBUTES));
@@ -1321,7 +1339,7 @@ TEST_F_TIMEOUT(convert, capabilities, SLOW)
 }
 
 /*
- * Without the mode there is nothing of this, for any file.
+ * Without kvm.gmem_in_place_conversion, no file can be converted.
  */
 FIXTURE(off)
 {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Let every allocation fail once that a guest_memfd file needs in its life:
- * creation, binding, a vCPU's fault, fallocate(), conversion and release.  After
- * each failure nothing may have leaked, and a second try must succeed.
+ * Fail every allocation in the life of a guest_memfd file once: creation, binding, a
+ * vCPU's fault, fallocate(), conversion and release.  After each failure nothing may
+ * have leaked, and a second attempt must succeed.
  *
  * Best run with panic_on_warn=1, and on a kernel with kmemleak.
  */
@@ -28,7 +28,7 @@
 #define SLOW		300
 #define PATTERN		0x600d600d00000000ull
 
-/* More allocations than this in one call are more likely a mistake here. */
+/* More allocations in one call are probably a bug of the test. */
 #define MAX_NTH		1000
 
 #define TOO_LONG	"each try would clear 1 GiB, on the way that 2 MiB go as well"
@@ -53,7 +53,7 @@ static bool write_setting(const char *file, const char *val)
 /* fail-nth needs neither a probability nor an interval. */
 static bool set_up_fault_injection(void)
 {
-	/* Every allocation, also those that may sleep and of single pages. */
+	/* Include allocations that may sleep, and allocations of single pages. */
 	return write_setting("failslab/ignore-gfp-wait", "N") &&
 	       write_setting("failslab/verbose", "0") &&
 	       write_setting("fail_page_alloc/ignore-gfp-wait", "N") &&
@@ -127,9 +127,9 @@ static void start_nth(struct nth_test *self, int nth)
 }
 
 /*
- * Returns whether the failure was injected.  Reading and writing the file
- * copies from and to user space, which may be what fails; then the call under
- * test had been through already.
+ * Returns whether the failure was injected.  Reading and writing the fail-nth file
+ * copies from and to user space, and that copy may be the one that fails.  The call
+ * under test was already complete then.
  */
 static bool stop_nth(struct nth_test *self)
 {
@@ -145,7 +145,7 @@ static bool stop_nth(struct nth_test *self)
 	return injected;
 }
 
-/* The steps of a file's life, each with what it takes to undo it. */
+/* The steps of a file's life. */
 
 static long file_pages(size_t page_size)
 {
@@ -160,7 +160,7 @@ static int create(struct nth_test *self)
 	return self->fd < 0 ? -1 : 0;
 }
 
-/* Not by the library's function, which asks KVM for more than that. */
+/* Use the ioctl directly: the library's function also checks a capability. */
 static int bind_slot(struct nth_test *self)
 {
 	const struct kvm_userspace_memory_region2 region = {
@@ -174,13 +174,13 @@ static int bind_slot(struct nth_test *self)
 	return ioctl(self->vm->fd, KVM_SET_USER_MEMORY_REGION2, &region);
 }
 
-/* The command is there already, this is KVM_RUN alone. */
+/* Only run the vCPU: set_stage() has set its command. */
 static int fault(struct nth_test *self)
 {
 	return ioctl(self->vcpu->fd, KVM_RUN, NULL);
 }
 
-/* The last page: unless it is the only one, the page cache needs nodes for it. */
+/* Use the last page: unless it is the only one, the page cache needs nodes for it. */
 static u64 last_page(struct nth_test *self)
 {
 	return (file_pages(self->page_size) - 1) * self->page_size;
@@ -207,9 +207,9 @@ static int release(struct nth_test *self)
 struct sweep {
 	const char *name;
 	int (*step)(struct nth_test *self);
-	/* Whether a file, a slot and memory are there before. */
+	/* A file, a slot and memory that exist before the step. */
 	bool file, slot, memory;
-	/* What the step adds, in pages. */
+	/* Change of the counters by the step, in pages. */
 	int free, resv;
 };
 
@@ -247,8 +247,8 @@ static void set_stage(struct nth_test *self, const struct sweep *s)
 }
 
 /*
- * Fail the first allocation, then the second, ..., until the step needs fewer.
- * A step may also get along without the allocation that failed.
+ * Fail the first allocation, then the second, and so on, until the step needs fewer.  A
+ * step may succeed despite the failed allocation.
  */
 static void sweep(struct nth_test *self, const struct sweep *s)
 {
@@ -303,7 +303,7 @@ TEST_F_TIMEOUT(fail_nth, create, SLOW)
 	};
 
 	sweep(&self->t, &s);
-	/* Otherwise nothing was tested. */
+	/* Without an injected failure nothing was tested. */
 	EXPECT_LT(0, self->t.injected);
 }
 
@@ -345,7 +345,7 @@ TEST_F_TIMEOUT(fail_nth, fallocate, SLOW)
 	EXPECT_LT(0, self->t.injected);
 }
 
-/* These have memory or give it back, and are free to need none for it. */
+/* These steps use or free memory that exists, and may need no allocation. */
 TEST_F_TIMEOUT(fail_nth, fault_in_what_is_there, SLOW)
 {
 	const struct sweep s = {
@@ -384,13 +384,13 @@ TEST_F_TIMEOUT(fail_nth, release, SLOW)
 		SKIP(return, TOO_LONG);
 
 	sweep(&self->t, &s);
-	/* close() has nobody to tell. */
+	/* close() cannot report a failure. */
 	EXPECT_EQ(0, self->t.failed);
 }
 
 /*
- * Have the page cache's nodes fail, and them alone, until told otherwise: adding
- * a page tries twice, so that one failure does not show.
+ * Fail all allocations of page cache nodes, and no others, until switched off.  Adding
+ * a page tries twice, so a single failure would not be seen.
  */
 static bool set_page_cache_failures(bool on)
 {
@@ -398,7 +398,7 @@ static bool set_page_cache_failures(bool on)
 	int fd = open(cache, O_WRONLY);
 	bool ok;
 
-	/* Off first, on last: what is in between must not hit others. */
+	/* Set the probability first to 0, so that other allocations do not fail in between. */
 	if (fd < 0 || !write_setting("failslab/probability", "0"))
 		return false;
 	ok = write(fd, on ? "1" : "0", 1) == 1;
@@ -415,11 +415,11 @@ static bool set_page_cache_failures(bool on)
 	       (!on || write_setting("failslab/probability", "100"));
 }
 
-/* The page is there, zeroed and charged, but can't be added to the file. */
+/* The page is allocated, zeroed and charged, but cannot be added to the page cache. */
 TEST_F_TIMEOUT(fail_nth, page_cache_cannot_grow, SLOW)
 {
 	const size_t page_size = self->t.page_size;
-	/* A single page at offset 0 needs no node. */
+	/* A base page at offset 0 needs no node. */
 	const size_t offset = page_size == SZ_1G ? 0 : page_size;
 	struct nth_test *t = &self->t;
 	int i, r, err;
@@ -450,9 +450,9 @@ TEST_F_TIMEOUT(fail_nth, page_cache_cannot_grow, SLOW)
 }
 
 /*
- * Conversion in place, of ranges in the middle of a file whose attributes are mixed
- * enough for a tree of several nodes: of a page, which takes one new node, and of
- * more.
+ * Conversion in place, in the middle of a file with attributes that are mixed enough
+ * for a tree of several nodes.  The range is a single page, which takes one new node,
+ * or several pages.
  */
 #define CONVERT_PAGES	64
 
@@ -464,9 +464,9 @@ FIXTURE(convert_nth)
 
 FIXTURE_VARIANT(convert_nth)
 {
-	bool private;		/* what the range becomes */
-	int every;		/* one of so many pages is allocated; 0: none */
-	int first, last;	/* the range */
+	bool private;		/* new state of the range */
+	int every;		/* allocate every n-th page; 0: none */
+	int first, last;	/* page numbers of the range */
 };
 
 FIXTURE_VARIANT_ADD(convert_nth, private_none_page)
@@ -566,7 +566,7 @@ static bool convert_is_allocated(int page, int every)
 	return every && !(page % every);
 }
 
-/* A file that is private and shared by turns, mapped by the guest and the host. */
+/* Create a file of alternating shared and private pages, mapped by guest and host. */
 static char *convert_create(struct nth_test *t, int every)
 {
 	const size_t size = CONVERT_PAGES * SZ_4K;
@@ -591,7 +591,7 @@ static char *convert_create(struct nth_test *t, int every)
 	return mem;
 }
 
-/* What is allocated is the same memory as before, and who may see it, does. */
+/* Check that no page was allocated or lost, and the contents and access of each. */
 static void convert_check(struct nth_test *t, char *mem, bool done,
 			  const struct _fixture_variant_convert_nth *v)
 {
@@ -657,8 +657,8 @@ TEST_F_TIMEOUT(convert_nth, convert, SLOW)
 }
 
 /*
- * Splits of huge pages, by conversion and by allocation.  What is done is undone by
- * a conversion back, and that needs nothing but for the attributes.
+ * Splits of huge pages, by conversion and by allocation.  Undo each by converting back,
+ * or by punching a hole.  Only the attributes need memory for that.
  */
 FIXTURE(split_nth)
 {
@@ -670,11 +670,11 @@ FIXTURE_VARIANT(split_nth)
 {
 	size_t page_size;
 	long nr;
-	/* What is shared all the time, so that huge pages are in parts. */
+	/* Offset of a page that stays shared, so that its huge page stays split; or -1. */
 	u64 shared;
 	u64 offset, size;
 	bool allocate;
-	/* Split while there are other huge pages, merged when there are none. */
+	/* Split with other huge pages in the file, merge without them. */
 	bool alone;
 };
 
@@ -768,7 +768,7 @@ static int merge_step(struct nth_test *t, const struct _fixture_variant_split_nt
 	return convert_step(t, v, KVM_MEMORY_ATTRIBUTE_PRIVATE);
 }
 
-/* To be merged again; but for the pages that are in use, the page cache is as it was. */
+/* Split for a later merge.  Other huge pages exist only during the split. */
 static int split_before_merge(struct nth_test *t, const struct _fixture_variant_split_nth *v)
 {
 	const u64 others = v->alone ? (v->nr - 1) * v->page_size : 0;
@@ -785,7 +785,7 @@ static int split_before_merge(struct nth_test *t, const struct _fixture_variant_
 
 typedef int (*step_fn)(struct nth_test *t, const struct _fixture_variant_split_nth *v);
 
-/* Have each allocation of @step fail, and see that it can be done then, and undone. */
+/* Fail each allocation of @step once.  A second attempt and @undo must succeed. */
 static void sweep_steps(struct nth_test *t, int check,
 			const struct _fixture_variant_split_nth *v, step_fn step,
 			step_fn undo)
@@ -818,7 +818,7 @@ static void sweep_steps(struct nth_test *t, int check,
 		       t->failed);
 }
 
-/* What is going to be split, or allocated as pieces. */
+/* Fill the memory unless the step allocates it, and share the page at v->shared. */
 static void prepare_split(struct nth_test *t, const struct _fixture_variant_split_nth *v)
 {
 	if (!v->allocate)
@@ -845,8 +845,8 @@ TEST_F_TIMEOUT(split_nth, split, SLOW)
 }
 
 /*
- * How many allocations @step fails without.  Allocators have some of their own at times,
- * on debug kernels often, and then one sweep counts more than there are, or misses one.
+ * How many allocations are essential for a step.  Allocators sometimes allocate memory
+ * for themselves, often on debug kernels, so one sweep may count too many or miss one.
  */
 struct needed {
 	long min, max;
@@ -870,8 +870,9 @@ static struct needed count_needed(struct nth_test *t, int check,
 }
 
 /*
- * The attributes may need memory for that, but not the folios: it is no more than for
- * a file that has nothing to merge, and a node of the page cache if that has become lower.
+ * A merge needs memory for the attributes at most, and none for the folios.  Compare
+ * with a file of base pages.  Allow one more allocation, a node of the page cache, if
+ * that has become lower.
  */
 TEST_F_TIMEOUT(split_nth, merge, SLOW)
 {

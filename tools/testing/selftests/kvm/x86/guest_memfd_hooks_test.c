@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * What guest_memfd tells the architecture: which pages become private when the guest
- * gets to them, and which become shared or are freed.
+ * Hooks through which guest_memfd tells the architecture about pages that become
+ * private, become shared, or are freed.  Pages become private when the guest accesses
+ * them.
  *
- * For the VMs here there is nothing to be done then.  Tracepoints show what the hooks are
- * called with.
+ * The hooks have nothing to do for the VMs here.  Tracepoints show their arguments.
  */
 #include <fcntl.h>
 #include <limits.h>
@@ -31,21 +31,35 @@
 #define PATTERN		0x600d600d00000000ull
 
 #define TRACING		"/sys/kernel/tracing/"
-#define TO_PRIVATE	"kvm_gmem_make_private"
-#define RECLAIM		"kvm_gmem_reclaim"
+
+enum hook {
+	MAKE_PRIVATE,
+	MAKE_SHARED,
+	RECLAIM,
+	PREPARE_SPLIT,
+	NR_HOOKS,
+};
+
+static const char *const hooks[NR_HOOKS] = {
+	[MAKE_PRIVATE] = "kvm_gmem_make_private",
+	[MAKE_SHARED] = "kvm_gmem_make_shared",
+	[RECLAIM] = "kvm_gmem_reclaim",
+	[PREPARE_SPLIT] = "kvm_gmem_prepare_split",
+};
 
 struct hooks_test {
 	struct kvm_vm *vm;
 	struct kvm_vcpu *vcpu;
 	size_t page_size;
 	u64 size;
-	/* What the guest has of the file begins here, and in the same place there. */
+	/* Offset of the memslot in the file, and from GMEM_GPA in the guest. */
 	u64 start;
 	int fd;
 	int check;
-	u64 *pfns;	/* of the file's pages, of whatever size, as the hooks tell */
-	u8 *told;	/* how often, for each 4 KiB of the file */
+	u64 *pfns;	/* first pfn of each of the file's pages, as the hooks report it */
+	u8 *told;	/* number of calls, for each 4 KiB of the file */
 	u8 *expected;
+	unsigned int nr_calls;
 	struct hugetlb_counters counters;
 };
 
@@ -76,10 +90,23 @@ static void close_file(struct hooks_test *t)
 	t->fd = -1;
 }
 
+static void enable_hooks(int enable)
+{
+	char path[128];
+	int i;
+
+	for (i = 0; i < NR_HOOKS; i++) {
+		snprintf(path, sizeof(path), TRACING "events/kvm/%s/enable", hooks[i]);
+		write_number(path, enable);
+	}
+}
+
 FIXTURE_SETUP(hooks)
 {
 	const char *reason = gmem_unavailable(variant->page_size);
 	struct hooks_test *t = &self->t;
+	char path[128];
+	int i;
 
 	if (!kvm_check_cap(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES))
 		SKIP(return, "kvm.gmem_in_place_conversion is off");
@@ -87,9 +114,11 @@ FIXTURE_SETUP(hooks)
 		SKIP(return, "%s", reason);
 	if (mount("none", TRACING, "tracefs", 0, NULL) && errno != EBUSY)
 		SKIP(return, "no tracefs");
-	if (access(TRACING "events/kvm/" TO_PRIVATE, F_OK) ||
-	    access(TRACING "events/kvm/" RECLAIM, F_OK))
-		SKIP(return, "nothing has to be told to the architecture");
+	for (i = 0; i < NR_HOOKS; i++) {
+		snprintf(path, sizeof(path), TRACING "events/kvm/%s", hooks[i]);
+		if (access(path, F_OK))
+			SKIP(return, "nothing has to be told to the architecture");
+	}
 
 	t->page_size = variant->page_size;
 	t->size = variant->nr * variant->page_size;
@@ -109,16 +138,14 @@ FIXTURE_SETUP(hooks)
 	t->expected = malloc(t->size / SZ_4K);
 	TEST_ASSERT(t->pfns && t->told && t->expected, "Out of memory");
 	write_number(TRACING "trace", 0);
-	write_number(TRACING "events/kvm/" TO_PRIVATE "/enable", 1);
-	write_number(TRACING "events/kvm/" RECLAIM "/enable", 1);
+	enable_hooks(1);
 }
 
 FIXTURE_TEARDOWN(hooks)
 {
 	struct hooks_test *t = &self->t;
 
-	write_number(TRACING "events/kvm/" TO_PRIVATE "/enable", 0);
-	write_number(TRACING "events/kvm/" RECLAIM "/enable", 0);
+	enable_hooks(0);
 	if (t->fd >= 0)
 		close_file(t);
 	free(t->pfns);
@@ -127,7 +154,7 @@ FIXTURE_TEARDOWN(hooks)
 	hugetlb_expect_released(&t->counters, "after close");
 }
 
-/* All blocks are aligned, in memory and in the guest. */
+/* Count a call.  All blocks must be aligned, in memory and in the guest. */
 static void tell(struct hooks_test *t, u64 index, u64 pfn, u64 nr)
 {
 	const u64 nr_pages = t->page_size / SZ_4K;
@@ -158,7 +185,7 @@ static u64 index_of_pfn(struct hooks_test *t, u64 pfn)
 	TEST_FAIL("pfn 0x%lx is none of the file's", pfn);
 }
 
-static void read_hook(struct hooks_test *t, bool to_private)
+static void read_hook(struct hooks_test *t, enum hook hook)
 {
 	FILE *file = fopen(TRACING "trace", "r");
 	unsigned long gfn, pfn, nr;
@@ -166,25 +193,31 @@ static void read_hook(struct hooks_test *t, bool to_private)
 
 	TEST_ASSERT(file, "Can't open the trace");
 	memset(t->told, 0, t->size / SZ_4K);
+	t->nr_calls = 0;
 	while (fgets(line, sizeof(line), file)) {
 		TEST_ASSERT(!strstr(line, "LOST"), "The trace has not all events");
-		args = strstr(line, to_private ? TO_PRIVATE ": " : RECLAIM ": ");
+		args = strstr(line, hooks[hook]);
 		if (!args)
 			continue;
 
+		t->nr_calls++;
 		args = strchr(args, ' ');
-		if (to_private) {
+		if (hook == MAKE_PRIVATE) {
 			if (sscanf(args, " gfn %lx pfn %lx nr_pages %lx", &gfn, &pfn, &nr) != 3)
 				TEST_FAIL("Can't read: %s", line);
 			TEST_ASSERT(gfn >= (GMEM_GPA + t->start) / SZ_4K &&
 				    gfn + nr <= (GMEM_GPA + t->size) / SZ_4K,
 				    "Not in the slot: 0x%lx pages at 0x%lx", nr, gfn);
 			tell(t, gfn - GMEM_GPA / SZ_4K, pfn, nr);
-		} else {
-			if (sscanf(args, " pfn %lx nr_pages %lx", &pfn, &nr) != 2)
-				TEST_FAIL("Can't read: %s", line);
-			tell(t, index_of_pfn(t, pfn), pfn, nr);
+			continue;
 		}
+
+		if (sscanf(args, " pfn %lx nr_pages %lx", &pfn, &nr) != 2)
+			TEST_FAIL("Can't read: %s", line);
+		/* A run need not be a block. */
+		for (; hook == MAKE_SHARED && nr > 1; pfn++, nr--)
+			tell(t, index_of_pfn(t, pfn), pfn, 1);
+		tell(t, index_of_pfn(t, pfn), pfn, nr);
 	}
 	fclose(file);
 }
@@ -195,7 +228,7 @@ enum {
 	PERHAPS,
 };
 
-/* Start with nothing expected. */
+/* Expect no calls, and clear the trace. */
 static void expect_none(struct hooks_test *t)
 {
 	memset(t->expected, 0, t->size / SZ_4K);
@@ -207,27 +240,51 @@ static void expect(struct hooks_test *t, u64 start, u64 end, u8 expected)
 	memset(t->expected + start / SZ_4K, expected, (end - start) / SZ_4K);
 }
 
-/* A page is made private as often as there are faults on it, but shared once. */
-static void expect_told(struct hooks_test *t, bool to_private)
+/* Several faults may make a page private, but it becomes shared once. */
+static void expect_told(struct hooks_test *t, enum hook hook)
 {
-	const char *what = to_private ? "private" : "shared";
+	enum hook other;
 	u64 i, nr = 0;
 
-	read_hook(t, !to_private);
-	for (i = 0; i < t->size / SZ_4K; i++)
-		TEST_ASSERT(!t->told[i], "Told of page 0x%lx when others became %s", i, what);
+	for (other = 0; other < PREPARE_SPLIT; other++) {
+		if (other == hook)
+			continue;
+		read_hook(t, other);
+		TEST_ASSERT(!t->nr_calls, "%u calls of %s, not of %s alone", t->nr_calls,
+			    hooks[other], hooks[hook]);
+	}
 
-	read_hook(t, to_private);
+	read_hook(t, hook);
 	for (i = 0; i < t->size / SZ_4K; i++) {
-		TEST_ASSERT(t->told[i] <= 1 || to_private,
-			    "Told %u times that page 0x%lx is shared", t->told[i], i);
+		TEST_ASSERT(t->told[i] <= 1 || hook == MAKE_PRIVATE,
+			    "%u calls of %s for page 0x%lx", t->told[i], hooks[hook], i);
 		TEST_ASSERT(t->expected[i] == PERHAPS || t->expected[i] == !!t->told[i],
-			    "Page 0x%lx, told to be %s: %u", i, what, t->told[i]);
+			    "Page 0x%lx, calls of %s: %u", i, hooks[hook], t->told[i]);
 		nr += !!t->told[i];
 	}
-	ksft_print_msg("told of 0x%lx pages that are %s\n", nr, what);
+	ksft_print_msg("%s: 0x%lx pages in %u calls\n", hooks[hook], nr, t->nr_calls);
 	if (t->fd >= 0)
 		gmem_check(t->check, t->fd, true);
+}
+
+/*
+ * Pages became shared in contiguous runs.  Base pages need not be contiguous.  Calls
+ * prepared the split of each folio that has split, the whole of it, and of no other.
+ */
+static void expect_shared(struct hooks_test *t, unsigned int runs, u64 split_start,
+			  u64 split_end)
+{
+	u64 i;
+
+	expect_told(t, MAKE_SHARED);
+	TEST_ASSERT(t->page_size == SZ_4K || t->nr_calls == runs, "%u runs of %u",
+		    t->nr_calls, runs);
+
+	read_hook(t, PREPARE_SPLIT);
+	if (t->page_size == SZ_4K)
+		split_end = 0;
+	for (i = 0; i < t->size / SZ_4K; i++)
+		TEST_ASSERT_EQ(t->told[i], i >= split_start / SZ_4K && i < split_end / SZ_4K);
 }
 
 static void convert(struct hooks_test *t, u64 offset, u64 size, u64 attributes)
@@ -243,8 +300,9 @@ static void guest_do(struct hooks_test *t, enum gmem_op op)
 }
 
 /*
- * What of the slot's first page has been mapped with what is shared up to @end, all or a part
- * of it.  A block that is larger than the mapping can have been made private for that.
+ * The old mapping of the range up to @end also covered memory behind it: all or a part
+ * of the rest of the slot's first page.  Expect that to be mapped again.  A call may be
+ * for a larger block than is mapped, hence PERHAPS.
  */
 static void expect_rest_of_page(struct hooks_test *t, u64 end)
 {
@@ -257,59 +315,74 @@ TEST_F_TIMEOUT(hooks, conversions, SLOW)
 {
 	struct hooks_test *t = &self->t;
 	const u64 start = t->start;
+	u64 first, end;
 
 	expect_none(t);
 	guest_do(t, GMEM_WRITE);
 	expect(t, start, t->size, TOLD);
-	expect_told(t, true);
+	expect_told(t, MAKE_PRIVATE);
 
-	/* Some pages, then more of them: only those that become shared. */
+	/* Convert some pages, then a range around them.  Only pages that change are reported. */
 	expect_none(t);
 	convert(t, start + SZ_4K, SZ_8K, SHARED);
 	expect(t, start + SZ_4K, start + SZ_4K + SZ_8K, TOLD);
-	expect_told(t, false);
+	expect_shared(t, 1, 0, t->page_size);
 
 	expect_none(t);
 	convert(t, start, SZ_32K, SHARED);
 	expect(t, start, start + SZ_32K, TOLD);
 	expect(t, start + SZ_4K, start + SZ_4K + SZ_8K, NOT_TOLD);
-	expect_told(t, false);
+	expect_shared(t, 2, 0, 0);
 
-	/* What was mapped with them has to be mapped again, without them. */
+	/* Memory in the same mapping has to be mapped again, without the shared pages. */
 	expect_none(t);
 	guest_do(t, GMEM_CHECK);
 	expect_rest_of_page(t, start + SZ_32K);
-	expect_told(t, true);
+	expect_told(t, MAKE_PRIVATE);
 
-	/* Becomes private when the guest gets to it. */
+	/* Pages become private when the guest accesses them, not by the conversion. */
 	expect_none(t);
 	convert(t, start, SZ_32K, PRIVATE);
-	expect_told(t, true);
+	expect_told(t, MAKE_PRIVATE);
 	guest_do(t, GMEM_CHECK);
 	expect(t, start, start + SZ_32K, TOLD);
 	expect_rest_of_page(t, start + SZ_32K);
-	expect_told(t, true);
+	expect_told(t, MAKE_PRIVATE);
 
-	/* From one part or huge page to the next. */
+	/* Convert across the end of a part or huge page. */
 	expect_none(t);
-	convert(t, start + SZ_2M - SZ_4K, SZ_64K, SHARED);
-	expect(t, start + SZ_2M - SZ_4K, start + SZ_2M - SZ_4K + SZ_64K, TOLD);
-	expect_told(t, false);
+	first = start + SZ_2M - SZ_4K;
+	end = first + SZ_64K;
+	convert(t, first, end - first, SHARED);
+	expect(t, first, end, TOLD);
+	first -= first % t->page_size;
+	end = round_up(end, t->page_size);
+	expect_shared(t, (end - first) / t->page_size, first, end);
+
+	/* Another part of the huge page, or another huge page. */
+	if (t->page_size == SZ_4K)
+		return;
+	expect_none(t);
+	first = start + SZ_4M;
+	convert(t, first, SZ_4K, SHARED);
+	expect(t, first, first + SZ_4K, TOLD);
+	first -= first % SZ_2M;
+	expect_shared(t, 1, first, first + SZ_2M);
 }
 
-/* Whatever the pages of a file are when it loses them, each is given back once. */
+/* Each page that a file loses is reclaimed once, whatever folio it is in. */
 static void expect_lost(struct hooks_test *t, void (*lose)(struct hooks_test *t))
 {
 	guest_do(t, GMEM_WRITE);
 	convert(t, t->start + SZ_8K, SZ_4K, SHARED);
 	convert(t, t->size - SZ_4K, SZ_4K, SHARED);
-	/* To know where they are. */
-	read_hook(t, true);
+	/* Read the pfns from the trace. */
+	read_hook(t, MAKE_PRIVATE);
 
 	expect_none(t);
 	lose(t);
 	expect(t, t->page_size == SZ_4K ? t->start : 0, t->size, TOLD);
-	expect_told(t, false);
+	expect_told(t, RECLAIM);
 }
 
 static void punch_all(struct hooks_test *t)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Private guest_memfd memory on HugeTLB pages as vCPUs see it: contents, who
- * pays for a fault, vCPUs that fault at the same time, punches beside a running
- * vCPU, memory that can't be had, and a VMM killed at any moment.
+ * Faults of vCPUs on private guest_memfd memory on HugeTLB pages: contents,
+ * charges, concurrent faults of two vCPUs, punches beside a running vCPU, lack
+ * of memory, and a VMM that is killed at any moment.
  */
 #include <fcntl.h>
 #include <pthread.h>
@@ -34,7 +34,7 @@
 #define PATTERN		0x600d600d00000000ull
 
 /*
- * A file of @nr pages, all of it one slot at GMEM_GPA, and two idle vCPUs.
+ * A file of @nr pages, bound to one slot at GMEM_GPA, and two idle vCPUs.
  */
 struct fault_test {
 	struct kvm_vm *vm;
@@ -98,8 +98,8 @@ static void start_over(struct fault_test *self)
 }
 
 /*
- * Start over with a file whose pages were last used by somebody else.  Returns
- * how much of the file is worth a look.
+ * Start over with a file on pages that another user has filled with
+ * HUGETLB_DIRT.  Return the size of the range that can be on such pages.
  */
 static size_t create_file_on_dirty_pages(struct fault_test *self)
 {
@@ -109,7 +109,7 @@ static size_t create_file_on_dirty_pages(struct fault_test *self)
 		return self->size;
 
 	start_over(self);
-	/* All there are, or the one that is used next as it was freed last. */
+	/* Dirty all free pages, or the 1 GiB page that is reused first. */
 	if (self->page_size < SZ_1G)
 		nr = hugetlb_read(self->page_size, "free_hugepages");
 	hugetlb_dirty_pool(self->page_size, nr);
@@ -125,7 +125,7 @@ TEST_F_TIMEOUT(fault, fault_takes_one_reserved_page, SLOW)
 	hugetlb_expect(&self->t.before, -1, self->t.nr - 1, "first fault");
 	EXPECT_EQ(self->t.page_size / 512, gmem_blocks(self->t.fd));
 
-	/* The other vCPU, the whole page: nothing more is taken. */
+	/* Accesses of the other vCPU and to all of the page allocate nothing. */
 	gmem_guest_do(self->t.vcpus[1], GMEM_CHECK, gpa, 8, 8, PATTERN);
 	gmem_guest_do(self->t.vcpus[1], GMEM_READ, GMEM_GPA, self->t.page_size,
 		      GMEM_EVERY_4K, 0);
@@ -161,7 +161,7 @@ TEST_F_TIMEOUT(fault, punched_page_comes_back_as_zeros, SLOW)
 	kvm_fallocate(self->t.fd, PUNCH_HOLE, 0, page_size);
 	hugetlb_expect(&self->t.before, 0, self->t.nr, "punched");
 
-	/* Both vCPUs had it mapped, neither may have it now. */
+	/* Both vCPUs have accessed the old page: neither may still reach it. */
 	gmem_guest_do(self->t.vcpus[1], GMEM_CHECK_ZERO, gpa, page_size, 512, 0);
 	gmem_guest_do(self->t.vcpus[0], GMEM_CHECK_ZERO, gpa, page_size, 512, 0);
 	hugetlb_expect(&self->t.before, -1, self->t.nr - 1, "faulted again");
@@ -195,7 +195,7 @@ TEST_F_TIMEOUT(fault, slot_can_be_removed_and_bound_again, SLOW)
 }
 
 /*
- * vCPUs that fault on one page at the same moment, again and again.
+ * Two vCPUs that repeatedly fault on one page at the same moment.
  */
 static struct {
 	u64 arrived;
@@ -217,7 +217,7 @@ static void guest_race(u64 id, u64 nr_pages, u64 page_size)
 
 	for (;;) {
 		for (page = 0; page < nr_pages; page++) {
-			/* Far apart, as different vCPUs' memory is. */
+			/* Use words far apart, like the memory of different vCPUs. */
 			u64 *base = (u64 *)(GMEM_GPA + page * page_size);
 			u64 *own = base + id * page_size / 16;
 
@@ -267,8 +267,8 @@ static void *race_vcpu(void *arg)
 }
 
 /*
- * With a pool that has exactly the file's pages: if the vCPU that comes second
- * needs a page for a moment, it finds none.
+ * Reserve all other pages of the pool: the fault that loses the race fails if
+ * it needs a page of its own for a moment.
  */
 TEST_F_TIMEOUT(fault, vcpus_faulting_one_page_get_one_page, SLOW)
 {
@@ -315,13 +315,13 @@ TEST_F_TIMEOUT(fault, vcpus_faulting_one_page_get_one_page, SLOW)
 }
 
 /*
- * Punches beside a running vCPU.
+ * Punch holes beside a running vCPU.
  */
 static u64 guest_stop;
-/* How often each vCPU has been through, so that the host knows it runs. */
+/* Number of rounds of each vCPU, which tells the host that the vCPU runs. */
 static u64 guest_rounds[GMEM_MAX_VCPUS];
 
-/* Count in many words of each page, and never find less than was counted. */
+/* Increment several words of each page, and check that no increment is lost. */
 static void guest_count(u64 nr_pages, u64 page_size, u64 first, u64 step)
 {
 	u64 count = 0, page, i;
@@ -368,7 +368,7 @@ static void stop_vcpus(pthread_t *threads, struct kvm_vcpu **vcpus, int nr)
 {
 	int i;
 
-	/* What never ran has seen nothing. */
+	/* Wait for the first round of each vCPU: before that it has checked nothing. */
 	for (i = 0; i < nr; i++)
 		while (!rounds_of(vcpus[i]))
 			sched_yield();
@@ -386,14 +386,14 @@ TEST_F_TIMEOUT(fault, neighbours_of_a_punched_page_lose_nothing, SLOW)
 	struct kvm_vcpu *counter = self->t.vcpus[0];
 	pthread_t thread;
 
-	/* Page 1 is punched, the vCPU is on 0 and, if there is one, on 2. */
+	/* Punch page 1.  The vCPU uses page 0 and, if there is one, page 2. */
 	gmem_guest_set_call(counter, guest_count, self->t.nr, page_size, 0, 2);
 	start_vcpu(&thread, counter);
 	while (!rounds_of(counter))
 		sched_yield();
 
 	for (i = 0; i < rounds; i++) {
-		/* Each time a page to free, where that doesn't take seconds. */
+		/* Allocate a page to punch each time, unless that takes seconds. */
 		if (!slow || !i)
 			gmem_guest_do(self->t.vcpus[1], GMEM_CHECK_ZERO,
 				      GMEM_GPA + page_size, page_size,
@@ -412,8 +412,8 @@ TEST_F_TIMEOUT(fault, neighbours_of_a_punched_page_lose_nothing, SLOW)
 }
 
 /*
- * Write to every page, find what was written or, after a punch, zeros.  As
- * two vCPUs do so each has words of its own.
+ * Write to every page.  Expect the last value or, after a punch, zeros.  Two
+ * vCPUs run this, each with its own words.
  */
 static void guest_rewrite(u64 id, u64 nr_pages, u64 page_size, u64 unused)
 {
@@ -434,8 +434,8 @@ static void guest_rewrite(u64 id, u64 nr_pages, u64 page_size, u64 unused)
 }
 
 /*
- * The page that was punched is the one to fault in again: the pool has no
- * other, and no vCPU may be told that it is empty.
+ * Reserve all other pages of the pool: a fault has to reuse the punched page,
+ * and must not fail because the pool is empty.
  */
 TEST_F_TIMEOUT(fault, vcpus_survive_punches_of_what_they_use, SLOW)
 {
@@ -471,7 +471,7 @@ TEST_F_TIMEOUT(fault, vcpus_survive_punches_of_what_they_use, SLOW)
 	hugetlb_expect(&self->t.before, -self->t.nr, 0, "all pages in use");
 }
 
-/* Faults on the even pages while the odd ones are being punched. */
+/* Fault in the even pages while the odd ones are punched. */
 TEST_F_TIMEOUT(fault, faults_beside_punches_lose_nothing, SLOW)
 {
 	const size_t page_size = self->t.page_size;
@@ -500,7 +500,7 @@ TEST_F_TIMEOUT(fault, faults_beside_punches_lose_nothing, SLOW)
 }
 
 /*
- * Memory that can't be had: the vCPU's fault fails, the VM goes on.
+ * Lack of memory: the vCPU's fault fails, and the VM can continue.
  */
 static void expect_fault_fails(struct kvm_vcpu *vcpu, gpa_t gpa, const char *why)
 {
@@ -549,7 +549,7 @@ FIXTURE_SETUP(full)
 		      self->fd, 0);
 }
 
-/* In the parent: it outlives a failed test, and isn't in the cgroup. */
+/* Run in the parent, which outlives a failed test and is not in the cgroup. */
 FIXTURE_TEARDOWN_PARENT(full)
 {
 	rmdir("/sys/fs/cgroup/" CGROUP);
@@ -563,7 +563,7 @@ TEST_F_TIMEOUT(full, fault_beyond_the_cgroup_limit_fails_alone, SLOW)
 	hugetlb_cgroup_write(variant->page_size, "max", "0");
 	expect_fault_fails(self->vcpu, gpa, "hugetlb limit");
 	hugetlb_expect(&self->before, 0, 2, "fault failed");
-	/* Once more: failing leaves no trace. */
+	/* Repeat: a failed fault must not change any state. */
 	expect_fault_fails(self->vcpu, gpa, "hugetlb limit");
 	hugetlb_expect(&self->before, 0, 2, "fault failed again");
 
@@ -592,7 +592,8 @@ TEST_F_TIMEOUT(full, fault_charges_the_cgroup, SLOW)
 }
 
 /*
- * Two nodes: the vCPU's thread decides, and surplus is nobody's way out.
+ * Two nodes: the policy of the vCPU's thread applies, and faults never allocate
+ * surplus pages.
  */
 FIXTURE(numa)
 {
@@ -658,7 +659,10 @@ TEST_F_TIMEOUT(numa, fault_on_an_empty_node_takes_no_surplus, SLOW)
 		EXPECT_EQ(0, gmem_guest_run(self->vcpu));
 		gmem_guest_do(self->vcpu, GMEM_CHECK, gpa, 8, 8, PATTERN);
 
-		/* A page in use would turn into surplus on the other node. */
+		/*
+		 * Free the page: it would become surplus when the other node's
+		 * pool shrinks.
+		 */
 		kvm_fallocate(self->fd, PUNCH_HOLE, nid * SZ_2M, SZ_2M);
 		hugetlb_write(SZ_2M, "nr_overcommit_hugepages", 0);
 		hugetlb_write_node(SZ_2M, nid, "nr_hugepages", 8);
@@ -666,9 +670,9 @@ TEST_F_TIMEOUT(numa, fault_on_an_empty_node_takes_no_surplus, SLOW)
 }
 
 /*
- * kvm_gmem_populate() works on 4 KiB, the page behind it is cleared whole.
- * TDX and SNP alone call it; with CONFIG_KVM_GMEM_TEST=y so does a file in
- * debugfs, with a callback that copies the source, if there is one.
+ * kvm_gmem_populate() writes 4 KiB, but the kernel must clear all of a huge
+ * page.  Only TDX and SNP call it.  With CONFIG_KVM_GMEM_TEST=y, a debugfs file
+ * also calls it, with a callback that copies the source if there is one.
  */
 static int populate(struct kvm_vm *vm, gpa_t gpa, long nr, void *src)
 {
@@ -727,22 +731,24 @@ TEST_F_TIMEOUT(fault, populate_exposes_none_of_the_old_contents, SLOW)
 
 TEST_F_TIMEOUT(fault, populate_without_a_source_leaves_zeros, SLOW)
 {
+	const size_t page_size = self->t.page_size;
 	size_t size;
-	gpa_t gpa = GMEM_GPA;
 
 	if (!can_populate(self->t.vm))
 		SKIP(return, NO_POPULATE);
 
 	size = create_file_on_dirty_pages(&self->t);
-	ASSERT_EQ(0, populate(self->t.vm, GMEM_GPA, 2, NULL));
 
-	/* A base page is all up to whoever populates it. */
-	if (self->t.page_size == SZ_4K) {
-		gpa += SZ_8K;
-		size -= SZ_8K;
+	/* The page allocator returns base pages that have just been freed. */
+	if (page_size == SZ_4K) {
+		gmem_guest_do(self->t.vcpus[0], GMEM_WRITE, GMEM_GPA, size, 8, PATTERN);
+		kvm_fallocate(self->t.fd, PUNCH_HOLE, 0, size);
 	}
-	gmem_guest_do(self->t.vcpus[0], GMEM_CHECK_ZERO, gpa, size,
-		      HUGETLB_DIRT_STRIDE, 0);
+
+	ASSERT_EQ(0, populate(self->t.vm, GMEM_GPA, page_size == SZ_4K ? size / SZ_4K : 2,
+			      NULL));
+	gmem_guest_do(self->t.vcpus[0], GMEM_CHECK_ZERO, GMEM_GPA, size,
+		      page_size == SZ_4K ? 8 : HUGETLB_DIRT_STRIDE, 0);
 }
 
 TEST_F_TIMEOUT(fault, populate_in_pieces_keeps_what_is_there, SLOW)
@@ -774,7 +780,7 @@ TEST_F_TIMEOUT(fault, populate_of_shared_memory_is_refused, SLOW)
 }
 
 /*
- * A VMM that is killed, at moments told by what it has done so far.
+ * Kill a VMM after a given number of steps.
  */
 struct victim {
 	size_t page_size;
@@ -787,7 +793,7 @@ static void victim_step(struct victim *v)
 	__atomic_fetch_add(v->progress, 1, __ATOMIC_SEQ_CST);
 }
 
-/* Every step may be the last; faults come from a thread of their own. */
+/* Any step can be the last.  Faults come from a separate thread. */
 static void victim_main(struct victim *v)
 {
 	const size_t size = v->nr * v->page_size;

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * What a file system may do to pieces of huge pages, shown with FUSE, as its server, that
- * is, this test, says when it is done.
+ * Test the use of pieces of huge pages by a file system.  The test is the server of a
+ * FUSE file system, and so determines when requests complete.
  *
- * A page in a pipe can be a gift, and whoever gets it and is the only one to use it may
- * keep it.  A FUSE server's reply goes into the page cache in that way.  A piece of a
- * huge page must not be kept: its pool wants it back.
+ * A pipe buffer can be a gift: its consumer may steal the page if it has the only
+ * reference.  FUSE thus moves a page of the server's reply into the page cache.  A
+ * piece of a huge page must not be stolen, as it has to return to its pool.
  *
- * Direct I/O has pages pinned until it ends.
+ * Direct I/O pins pages until it completes.
  */
 #include <fcntl.h>
 #include <pthread.h>
@@ -39,7 +39,7 @@
 /* Clearing 1 GiB takes seconds on an emulated machine. */
 #define SLOW		300
 
-/* How much is shared, and which part of that is read and written directly. */
+/* Size of the shared range, and the buffer in it for direct I/O. */
 #define SHARED_SIZE	SZ_64K
 #define BUFFER		SZ_16K
 #define IO_SIZE		SZ_8K
@@ -48,8 +48,8 @@
 
 struct server {
 	int dev;
-	int pipe[2];		/* has the page that the file consists of, or: */
-	bool holds;		/* nobody gets a reply before go has been posted */
+	int pipe[2];		/* has the page to reply to reads with */
+	bool holds;		/* reply with data instead, after go is posted */
 	sem_t arrived, go;
 	u64 data[IO_SIZE / sizeof(u64)];
 	u32 size;		/* of the file */
@@ -99,7 +99,7 @@ static void reply(struct server *s, const struct fuse_in_header *in, int error,
 	};
 	ssize_t r = writev(s->dev, iov, size ? 2 : 1);
 
-	/* Nobody waits until a file is released: to unmount ends the request. */
+	/* RELEASE is asynchronous: umount() can abort the request before the reply. */
 	if (r < 0 && errno == ENOENT && in->opcode == FUSE_RELEASE)
 		return;
 
@@ -107,7 +107,7 @@ static void reply(struct server *s, const struct fuse_in_header *in, int error,
 		    in->opcode, errno, strerror(errno));
 }
 
-/* Give away the page in the pipe, behind a header. */
+/* Move the page in the pipe to the page cache, if FUSE can steal it. */
 static void reply_with_page(struct server *s, const struct fuse_in_header *in)
 {
 	struct fuse_out_header out = {
@@ -127,7 +127,7 @@ static void reply_with_page(struct server *s, const struct fuse_in_header *in)
 	kvm_close(fds[1]);
 }
 
-/* Let the test look while the kernel has pages pinned for this request. */
+/* Let the test run while the kernel has pages pinned for this request. */
 static void hold(struct server *s)
 {
 	TEST_ASSERT(!sem_post(&s->arrived) && !sem_wait(&s->go), "semaphores failed");
@@ -208,7 +208,7 @@ static void serve_one(struct server *s, const struct fuse_in_header *in)
 	}
 }
 
-/* Until the file system is unmounted. */
+/* Serve requests until the file system is unmounted. */
 static void *serve(void *arg)
 {
 	struct server *s = arg;
@@ -272,7 +272,9 @@ FIXTURE_SETUP(fuse)
 				   t->page_size, NULL, t->fd, 0);
 }
 
-/* All that the file has to do with is gone but for what somebody else uses. */
+/*
+ * Free the file and its VM.  Only a pipe or direct I/O still has references to pages.
+ */
 static void lose_file(struct fuse_test *t)
 {
 	if (!t->vm)
@@ -308,22 +310,25 @@ TEST_F_TIMEOUT(fuse, page_cache_keeps_no_piece_of_a_huge_page, SLOW)
 	u64 word = 0;
 	int fd;
 
-	/* The last to use the page is the pipe.  A dirty page would be refused for that. */
+	/*
+	 * Write from the guest: FUSE refuses a page that a write of the host made
+	 * dirty.  After the punch, the pipe has the only reference.
+	 */
 	gmem_guest_do(t->vcpu, GMEM_WRITE, GMEM_GPA + SZ_4K, 8, 8, PATTERN);
 	TEST_ASSERT(vmsplice(s->pipe[1], &iov, 1, SPLICE_F_GIFT) == SZ_4K,
 		    "vmsplice() failed: errno %d", errno);
 	kvm_fallocate(t->fd, PUNCH_HOLE, 0, t->page_size);
-	EXPECT_EQ(1, hugetlb_read(t->page_size, "guestmem_waiting_hugepages"));
+	EXPECT_EQ(1, hugetlb_read(t->page_size, "waiting_hugepages"));
 
 	fd = open_path_or_exit(t->path, O_RDONLY);
 	EXPECT_EQ(sizeof(word), read(fd, &word, sizeof(word)));
 	EXPECT_EQ(PATTERN, word);
 	EXPECT_EQ(1, READ_ONCE(s->replies));
 
-	/* The file system has what was in it, and not the page. */
+	/* The page cache has a copy of the data, and not the page. */
 	lose_file(t);
 	hugetlb_expect_released(&t->counters, "file system has read the page");
-	EXPECT_EQ(0, hugetlb_read(t->page_size, "guestmem_waiting_hugepages"));
+	EXPECT_EQ(0, hugetlb_read(t->page_size, "waiting_hugepages"));
 	EXPECT_EQ(sizeof(word), pread(fd, &word, sizeof(word), 0));
 	EXPECT_EQ(PATTERN, word);
 	EXPECT_EQ(1, READ_ONCE(s->replies));
@@ -355,7 +360,7 @@ static void *do_io(void *arg)
 	return NULL;
 }
 
-/* Returns when the kernel has the pages pinned. */
+/* Start direct I/O.  Return when the kernel has pinned the pages. */
 static void begin_io(struct fuse_test *t, struct io *io, bool write)
 {
 	u64 i;
@@ -378,7 +383,7 @@ static void end_io(struct fuse_test *t, struct io *io)
 	kvm_pthread_join(io->thread, NULL);
 }
 
-/* Pages that are read or written stay as they are, and nobody else has to. */
+/* Pages under I/O cannot be converted, but all others can. */
 static void expect_pinned(struct fuse_test *t)
 {
 	u64 error;
@@ -423,7 +428,7 @@ TEST_F_TIMEOUT(fuse, direct_write, SLOW)
 	do_direct_io(&self->t, true);
 }
 
-/* What is read into memory that is not the file's any more disturbs nobody. */
+/* Direct I/O into a page that has left the file does not change the file. */
 TEST_F_TIMEOUT(fuse, direct_read_while_punched, SLOW)
 {
 	struct fuse_test *t = &self->t;
@@ -433,11 +438,11 @@ TEST_F_TIMEOUT(fuse, direct_read_while_punched, SLOW)
 	hugetlb_get(t->page_size, &before);
 	begin_io(t, &io, false);
 	kvm_fallocate(t->fd, PUNCH_HOLE, 0, t->page_size);
-	EXPECT_EQ(1, hugetlb_read(t->page_size, "guestmem_waiting_hugepages"));
+	EXPECT_EQ(1, hugetlb_read(t->page_size, "waiting_hugepages"));
 	hugetlb_expect(&before, -1, -1, "while it is read into");
 	end_io(t, &io);
 	hugetlb_expect_released(&before, "after it has been read into");
-	EXPECT_EQ(0, hugetlb_read(t->page_size, "guestmem_waiting_hugepages"));
+	EXPECT_EQ(0, hugetlb_read(t->page_size, "waiting_hugepages"));
 	EXPECT_EQ(0, READ_ONCE(*(u64 *)(t->mem + BUFFER)));
 	gmem_check(t->check, t->fd, true);
 }
@@ -450,10 +455,10 @@ TEST_F_TIMEOUT(fuse, direct_write_while_closed, SLOW)
 
 	begin_io(t, &io, true);
 	lose_file(t);
-	EXPECT_EQ(1, hugetlb_read(t->page_size, "guestmem_waiting_hugepages"));
+	EXPECT_EQ(1, hugetlb_read(t->page_size, "waiting_hugepages"));
 	end_io(t, &io);
 	hugetlb_expect_released(&t->counters, "after it has been written");
-	EXPECT_EQ(0, hugetlb_read(t->page_size, "guestmem_waiting_hugepages"));
+	EXPECT_EQ(0, hugetlb_read(t->page_size, "waiting_hugepages"));
 	for (i = 0; i < IO_SIZE; i += 8)
 		TEST_ASSERT_EQ(t->s.data[i / 8], PATTERN + i);
 }

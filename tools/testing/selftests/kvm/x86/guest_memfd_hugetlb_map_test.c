@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * How KVM maps guest_memfd files on HugeTLB pages: by the largest page that
- * lies in one huge page and in one slot, whose gfn, file offset and userspace
- * address are congruent, and whose attributes are uniform.  Never by a larger
- * one: that would hand the guest somebody else's memory, so contents are
- * always checked, too, through another slot.
+ * KVM's mappings of guest_memfd files on HugeTLB pages.  KVM uses the largest
+ * page that lies in one huge page and in one slot, whose gfn and file offset
+ * are congruent, and whose attributes are uniform.  Unless conversion is in
+ * place, the userspace address must be congruent with the gfn.  A larger
+ * mapping would expose memory of other users: check contents through another
+ * slot.
  */
 #include <fcntl.h>
 
@@ -38,7 +39,7 @@ struct mappings {
 	long nr[NR_LEVELS];
 };
 
-/* A part of the file at an offset from GMEM_GPA and from the VMM's mapping. */
+/* A slot: a range of the file, at offsets from GMEM_GPA and map_test.uaddr. */
 struct layout {
 	u64 gpa;
 	u64 offset;
@@ -52,7 +53,10 @@ struct map_test {
 	size_t page_size;
 	size_t size;
 	int fd;
-	/* What the slots' userspace addresses are taken from, never touched. */
+	/*
+	 * Base of the slots' userspace addresses; shared memory unless
+	 * converted in place
+	 */
 	char *uaddr;
 	struct mappings before;
 	struct hugetlb_counters counters;
@@ -88,7 +92,7 @@ static void create_vm(struct map_test *self)
 	self->vm = gmem_vm_create(1, &self->vcpu);
 	self->fd = vm_create_guest_memfd(self->vm, self->size,
 					 gmem_flags(self->page_size));
-	/* As much as any layout below can reach. */
+	/* Cover all that the layouts below can reach. */
 	gmem_vm_set_attributes(self->vm, GMEM_GPA, 2 * self->size,
 			       KVM_MEMORY_ATTRIBUTE_PRIVATE);
 }
@@ -133,7 +137,7 @@ static void add_slot(struct map_test *self, int i, const struct layout *l)
 		    l->gpa, l->size, l->offset, errno, strerror(errno));
 }
 
-/* The whole file, as congruent as can be. */
+/* Bind the whole file, with all addresses congruent. */
 static void add_whole_file(struct map_test *self)
 {
 	const struct layout l = { .size = self->size };
@@ -159,7 +163,7 @@ static void expect_mappings(struct map_test *self, struct mappings want,
 		    have.nr[PAGES_1G], have.nr[PAGES_2M], have.nr[PAGES_4K]);
 }
 
-/* @nr mappings of the file's own page size. */
+/* Return @nr mappings of the file's own page size. */
 static struct mappings largest(struct map_test *self, long nr)
 {
 	struct mappings m = {};
@@ -172,8 +176,8 @@ static struct mappings largest(struct map_test *self, long nr)
 }
 
 /*
- * The rule, once more and on its own: what level the page at @gpa of the slot
- * should be mapped with.
+ * Compute the level that the page at @gpa of the slot should be mapped at,
+ * independently of KVM.
  */
 static int expected_level(size_t page_size, const struct layout *l, u64 gpa)
 {
@@ -207,7 +211,10 @@ static void touch(struct touches *t, u64 offset)
 		t->gpa[t->nr++] = gpa;
 }
 
-/* Both ends, both sides of what could be a large page, and anywhere. */
+/*
+ * Touch both ends, both sides of the first and last boundary of each large page
+ * size, and random pages.
+ */
 static void choose_touches(struct touches *t, const struct layout *l)
 {
 	int i;
@@ -230,7 +237,7 @@ static void choose_touches(struct touches *t, const struct layout *l)
 		touch(t, kvm_random_u64(&kvm_rng) % l->size);
 }
 
-/* Count each page the touches should have mapped once. */
+/* Count each mapping that the touches should create once. */
 static void add_expected(size_t page_size, const struct touches *t,
 			 struct mappings *m)
 {
@@ -255,9 +262,9 @@ static u64 value_at(u64 seed, const struct layout *l, u64 gpa)
 }
 
 /*
- * Bind the file by @nr slots, let the guest write to each, compare KVM's
- * mappings with what they should be, and read back through one slot that has
- * the whole file.
+ * Bind the file to @nr slots, write to each from the guest, compare KVM's
+ * mappings with the expected ones, and read back through one slot that has the
+ * whole file.
  */
 static void check_layouts(struct map_test *self, const struct layout *l,
 			  int nr, const char *name)
@@ -391,7 +398,7 @@ TEST_F_TIMEOUT(map, several_slots_of_one_file, SLOW)
 
 	for (i = 0; i < ARRAY_SIZE(splits); i++) {
 		split = splits[i];
-		/* Side by side, then the other way round. */
+		/* Adjacent and in order, then exchanged. */
 		l[0] = (struct layout) { 0, 0, split, 0 };
 		l[1] = (struct layout) { split, split, size - split, split };
 		check_layouts(&self->t, l, 2, "two slots");
@@ -406,7 +413,7 @@ TEST_F_TIMEOUT(map, slots_at_random, SLOW)
 	int i, rounds = self->t.page_size == SZ_1G ? 20 : 50;
 
 	for (i = 0; i < rounds; i++) {
-		/* A unit in which something is congruent now and then. */
+		/* Use units of 4 KiB or 2 MiB, so that some layouts are congruent. */
 		u64 unit = level_sizes[kvm_random_u32(&kvm_rng) % 2];
 		u64 units = self->t.size / unit;
 		struct layout l;
@@ -425,7 +432,7 @@ TEST_F_TIMEOUT(map, slots_at_random, SLOW)
 TEST_F_TIMEOUT(map, punch_reaches_every_mapping_of_the_page, SLOW)
 {
 	const u64 page = self->t.page_size;
-	/* The file is in the guest shifted, so that small pages map it. */
+	/* Shift the file in the guest, so that small pages map it. */
 	const struct layout l = { .gpa = SZ_2M + SZ_4K, .size = 2 * page,
 				  .uaddr = SZ_2M + SZ_4K };
 	gpa_t gpa = GMEM_GPA + l.gpa;
@@ -502,7 +509,7 @@ TEST_F_TIMEOUT(map, slots_outside_the_file_are_refused, SLOW)
 	EXPECT_EQ(EEXIST, errno);
 }
 
-/* Who keeps track of that depends, and so does where shared memory comes from. */
+/* Convert in the file or in the VM, depending on where KVM tracks attributes. */
 static void set_shared(struct map_test *self, u64 offset, u64 size, bool shared)
 {
 	u64 attributes = shared ? 0 : KVM_MEMORY_ATTRIBUTE_PRIVATE;
@@ -516,8 +523,8 @@ static void set_shared(struct map_test *self, u64 offset, u64 size, bool shared)
 }
 
 /*
- * What KVM takes for the largest level of a page when it is not in a fault, of which
- * PG_LEVEL_4K is 1.
+ * Expect a maximum level for the page, as KVM computes it outside of faults.
+ * @level starts at 0, but PG_LEVEL_4K is 1.
  */
 static void expect_level(struct map_test *self, u64 offset, int level)
 {
@@ -533,13 +540,13 @@ static void expect_level(struct map_test *self, u64 offset, int level)
 	kvm_close(fd);
 }
 
-/* With a range of the first page shared. */
+/* Check the levels while a range of the first page is shared. */
 static void expect_levels(struct map_test *self, u64 shared, u64 size)
 {
 	u64 part, beside = shared ? shared - SZ_4K : shared + size;
 
 	expect_level(self, shared, size == SZ_2M ? PAGES_2M : PAGES_4K);
-	/* The next page is not there. */
+	/* The next page is not allocated. */
 	expect_level(self, self->page_size, PAGES_4K);
 	expect_level(self, beside, beside / SZ_2M == shared / SZ_2M ||
 		     beside / SZ_2M == (shared + size - 1) / SZ_2M ? PAGES_4K : PAGES_2M);
@@ -549,7 +556,7 @@ static void expect_levels(struct map_test *self, u64 shared, u64 size)
 }
 
 /*
- * One shared page among private ones, and back.
+ * Convert a range of a private page to shared and back.
  */
 static void mix_and_unmix(struct map_test *self, u64 shared, u64 size)
 {
@@ -562,7 +569,7 @@ static void mix_and_unmix(struct map_test *self, u64 shared, u64 size)
 
 	set_shared(self, shared, size, true);
 
-	/* The 2 MiB beside it, then the 4 KiB beside it. */
+	/* Touch the private parts beside it, then the private pages of its parts. */
 	for (gpa = 0; gpa < page; gpa += SZ_2M) {
 		if (gpa + SZ_2M <= shared || gpa >= shared + size) {
 			gmem_guest_do(self->vcpu, GMEM_CHECK, GMEM_GPA + gpa, 8, 8,
@@ -580,7 +587,7 @@ static void mix_and_unmix(struct map_test *self, u64 shared, u64 size)
 	expect_mappings(self, want, "one part shared");
 
 	if (kvm_converts_in_place()) {
-		/* By as large a page as is shared. */
+		/* A shared part is mapped by 2 MiB, other shared pages by 4 KiB. */
 		gmem_guest_do(self->vcpu, GMEM_CHECK, GMEM_GPA + shared, size, SZ_4K,
 			      PATTERN + shared);
 		want.nr[size == SZ_2M ? PAGES_2M : PAGES_4K] += size == SZ_2M ? 1 :
@@ -588,7 +595,10 @@ static void mix_and_unmix(struct map_test *self, u64 shared, u64 size)
 		expect_mappings(self, want, "shared part, too");
 		expect_levels(self, shared, size);
 	} else {
-		/* The shared part is the VMM's memory, and leaves the other alone. */
+		/*
+		 * Shared memory is at the userspace address: the private
+		 * contents stay.
+		 */
 		gmem_guest_do(self->vcpu, GMEM_WRITE, GMEM_GPA + shared, 8, 8, ~PATTERN);
 		TEST_ASSERT_EQ(*(u64 *)(self->uaddr + shared), ~PATTERN);
 	}
@@ -633,7 +643,7 @@ TEST_F_TIMEOUT(map, attributes_mixed_before_the_slot_exists, SLOW)
 	want.nr[page == SZ_1G ? PAGES_2M : PAGES_4K]++;
 	gmem_guest_do(self->t.vcpu, GMEM_READ, GMEM_GPA + page - SZ_8K, 8, 8, 0);
 	want.nr[PAGES_4K]++;
-	/* The next page has nothing to do with it. */
+	/* The next page is uniform. */
 	gmem_guest_do(self->t.vcpu, GMEM_READ, GMEM_GPA + page, 8, 8, 0);
 	want.nr[page == SZ_1G ? PAGES_1G : PAGES_2M]++;
 	expect_mappings(&self->t, want, "last 4 KiB of the first page shared");
@@ -684,7 +694,7 @@ TEST_F_TIMEOUT(map, pre_fault_maps_whole_pages, SLOW)
 			      cases[i].size, SZ_4K, 0);
 		expect_mappings(&self->t, largest(&self->t, cases[i].nr), "and used");
 
-		/* Unmap, but keep the memory: the next case starts anew. */
+		/* Remove the mappings, but not the memory, for the next case. */
 		gmem_delete_slot(self->t.vm, GMEM_SLOT);
 		add_whole_file(&self->t);
 	}
@@ -761,7 +771,7 @@ FIXTURE_TEARDOWN_PARENT(nx)
 
 static void execute(struct map_test *map, u64 offset)
 {
-	/* RET, eight times */
+	/* Eight RET instructions */
 	gmem_guest_do(map->vcpu, GMEM_WRITE, GMEM_GPA + offset, 8, 8,
 		      0xc3c3c3c3c3c3c3c3ull);
 	gmem_guest_do(map->vcpu, GMEM_EXEC, GMEM_GPA + offset, 8, 8, 0);
@@ -782,12 +792,12 @@ TEST_F_TIMEOUT(nx, executed_page_is_mapped_small, SLOW)
 	now = get_mappings(map->vm);
 	EXPECT_EQ(0, now.nr[PAGES_1G] - map->before.nr[PAGES_1G]);
 	EXPECT_LE(1, now.nr[PAGES_4K] - map->before.nr[PAGES_4K]);
-	/* Of 1 GiB the other 511 parts stay. */
+	/* The other 511 parts of 1 GiB stay mapped by 2 MiB. */
 	EXPECT_EQ(map->page_size == SZ_1G ? 511 : 0,
 		  now.nr[PAGES_2M] - map->before.nr[PAGES_2M]);
 	EXPECT_LE(1, vm_get_stat(map->vm, nx_lpage_splits));
 
-	/* The rest is as it was. */
+	/* The other contents are unchanged. */
 	gmem_guest_do(map->vcpu, GMEM_CHECK, GMEM_GPA, offset, SZ_4K, PATTERN);
 	gmem_guest_do(map->vcpu, GMEM_CHECK, GMEM_GPA + offset + SZ_4K,
 		      map->page_size - offset - SZ_4K, SZ_4K, PATTERN + offset + SZ_4K);
@@ -811,8 +821,8 @@ TEST_F_TIMEOUT(nx, large_pages_are_executed_without_it, SLOW)
 }
 
 /*
- * A nested guest: its mappings are no larger than those that its hypervisor, L1,
- * has for it, and no larger than the file allows.
+ * Nested guests: KVM maps the memory of L2 by pages no larger than those in the
+ * page tables of L1, and no larger than the file allows.
  */
 #define NESTED_WORDS	4
 
@@ -826,7 +836,7 @@ FIXTURE_VARIANT(nested)
 	size_t page_size;
 	long nr;
 	int l1_level;		/* of L1's mappings for L2 */
-	int level;		/* of what maps L2 */
+	int level;		/* of KVM's mappings for L2 */
 };
 
 FIXTURE_VARIANT_ADD(nested, 4k_in_4k)
@@ -921,7 +931,7 @@ static void l1_guest_code(void *data)
 		run_guest(svm->vmcb, svm->vmcb_gpa);
 		GUEST_ASSERT_EQ(svm->vmcb->control.exit_code, SVM_EXIT_VMMCALL);
 	}
-	/* What L2 has written is in L1's memory. */
+	/* L1 must see the writes of L2. */
 	GUEST_SYNC(0);
 	check_nested_words(PATTERN);
 }
@@ -949,7 +959,10 @@ TEST_F_TIMEOUT(nested, mapping_is_as_large_as_both_allow, SLOW)
 	r = gmem_guest_run(map->vcpu);
 	ASSERT_EQ(0, r) TH_LOG("L2 could not run: %s", strerror(-r));
 
-	/* L1's and L2's own memory is mapped by base pages, so count the others. */
+	/*
+	 * Base pages map the code and data of L1 and L2: compare only the
+	 * larger ones.
+	 */
 	want = map->before;
 	if (variant->level != PAGES_4K)
 		want.nr[variant->level]++;
@@ -957,7 +970,7 @@ TEST_F_TIMEOUT(nested, mapping_is_as_large_as_both_allow, SLOW)
 	EXPECT_EQ(want.nr[PAGES_1G], now.nr[PAGES_1G]);
 	EXPECT_EQ(want.nr[PAGES_2M], now.nr[PAGES_2M]);
 
-	/* L1's own mapping of the same memory knows no L2. */
+	/* Read the same memory through L1's own mapping. */
 	r = gmem_guest_run(map->vcpu);
 	ASSERT_EQ(0, r) TH_LOG("L1 could not run: %s", strerror(-r));
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Files of HugeTLB pages whose memory is shared, and stays so: VMs without private
- * memory.  The host maps it by as large pages as its page tables and addresses allow,
- * and the guest by even larger ones.
+ * Files on HugeTLB pages whose memory is always shared, for VMs without private memory.
+ * The host maps it by 2 MiB where addresses allow it, and the guest by up to the size
+ * of the huge page.
  */
 #include <fcntl.h>
 #include <sched.h>
@@ -35,7 +35,7 @@
 struct mmap_test {
 	struct kvm_vm *vm;
 	struct kvm_vcpu *vcpu;
-	struct kvm_vcpu *victim;	/* does what ends in an error */
+	struct kvm_vcpu *victim;	/* for accesses that fail */
 	size_t page_size;
 	size_t size;
 	int fd;
@@ -59,7 +59,7 @@ FIXTURE_VARIANT(mmap)
 FIXTURE_VARIANT_ADD(mmap, 2m) { .page_size = SZ_2M, .nr = 4, };
 FIXTURE_VARIANT_ADD(mmap, 1g) { .page_size = SZ_1G, .nr = 1, };
 
-/* The sum of what begins with @name in /proc/vmstat. */
+/* Sum up the counters in /proc/vmstat whose names begin with @name. */
 static long read_vmstat(const char *name)
 {
 	FILE *file = fopen("/proc/vmstat", "r");
@@ -74,7 +74,7 @@ static long read_vmstat(const char *name)
 	return sum;
 }
 
-/* How much of what is mapped at @p is mapped by large pages, in bytes. */
+/* Return how many bytes of the mapping at @p are mapped by PMDs. */
 static u64 pmd_mapped(const void *p)
 {
 	FILE *file = fopen("/proc/self/smaps", "r");
@@ -186,7 +186,7 @@ TEST_F_TIMEOUT(mmap, guest_maps_by_what_is_contiguous, SLOW)
 	check(t);
 }
 
-/* Where addresses do not allow large pages, or only some. */
+/* Map at addresses that allow no PMD mappings, or only some. */
 TEST_F_TIMEOUT(mmap, host_maps_by_4k_elsewhere, SLOW)
 {
 	struct mmap_test *t = &self->t;
@@ -201,13 +201,13 @@ TEST_F_TIMEOUT(mmap, host_maps_by_4k_elsewhere, SLOW)
 	EXPECT_EQ(0, pmd_mapped(p));
 	kvm_munmap(area, SZ_8M);
 
-	/* From the middle of one part to the middle of another. */
+	/* Map from the middle of one part to the middle of another. */
 	area = __kvm_mmap(SZ_2M, PROT_READ | PROT_WRITE, MAP_SHARED, t->fd, SZ_1M);
 	host_check(area, SZ_2M, PATTERN + SZ_1M);
 	EXPECT_EQ(0, pmd_mapped(area));
 	kvm_munmap(area, SZ_2M);
 
-	/* Of 4 MiB, one part can be. */
+	/* These 4 MiB contain one whole part. */
 	area = __kvm_mmap(SZ_4M, PROT_READ | PROT_WRITE, MAP_SHARED, t->fd, SZ_1M);
 	host_check(area, SZ_4M, PATTERN + SZ_1M);
 	EXPECT_EQ(SZ_2M, pmd_mapped(area));
@@ -222,7 +222,7 @@ TEST_F_TIMEOUT(mmap, parts_of_mappings_change, SLOW)
 
 	host_write_all(t);
 
-	/* All of these take a large mapping apart. */
+	/* Each of these splits a PMD mapping. */
 	area = kvm_mmap(SZ_4M, PROT_READ | PROT_WRITE, MAP_SHARED, t->fd);
 	host_check(area, SZ_4M, PATTERN);
 	EXPECT_EQ(SZ_4M, pmd_mapped(area));
@@ -257,7 +257,7 @@ TEST_F_TIMEOUT(mmap, fork, SLOW)
 	pid = fork();
 	TEST_ASSERT(pid >= 0, "fork() failed");
 	if (!pid) {
-		/* The same memory, not a copy of it. */
+		/* The child shares the memory and has no copy. */
 		host_check(t->mem, t->size, PATTERN);
 		WRITE_ONCE(*word(t, SZ_4K), 1);
 		_exit(0);
@@ -267,7 +267,7 @@ TEST_F_TIMEOUT(mmap, fork, SLOW)
 	check(t);
 }
 
-/* What is punched is zeros for whoever has it mapped. */
+/* A punched range reads as zeros in all mappings. */
 TEST_F_TIMEOUT(mmap, punch, SLOW)
 {
 	struct mmap_test *t = &self->t;
@@ -298,20 +298,20 @@ TEST_F_TIMEOUT(mmap, punched_while_pinned, SLOW)
 	hugetlb_get(t->page_size, &before);
 	TEST_ASSERT(!pipe(fds), "pipe() failed");
 	host_write_all(t);
-	EXPECT_EQ(0, hugetlb_read(t->page_size, "guestmem_waiting_hugepages"));
+	EXPECT_EQ(0, hugetlb_read(t->page_size, "waiting_hugepages"));
 	gmem_pin(fds[1], word(t, SZ_1M));
 	kvm_fallocate(t->fd, PUNCH_HOLE, 0, t->size);
 	hugetlb_expect(&before, -1, -1, "while one page is in use");
-	EXPECT_EQ(1, hugetlb_read(t->page_size, "guestmem_waiting_hugepages"));
+	EXPECT_EQ(1, hugetlb_read(t->page_size, "waiting_hugepages"));
 	TEST_ASSERT_EQ(read(fds[0], &val, sizeof(val)), sizeof(val));
 	EXPECT_EQ(PATTERN + SZ_1M, val);
 	hugetlb_expect_released(&before, "after it is not in use any more");
-	EXPECT_EQ(0, hugetlb_read(t->page_size, "guestmem_waiting_hugepages"));
+	EXPECT_EQ(0, hugetlb_read(t->page_size, "waiting_hugepages"));
 	kvm_close(fds[0]);
 	kvm_close(fds[1]);
 }
 
-/* Kernel code that asks for pages gets any of a large one. */
+/* GUP can pin any page of a large folio. */
 TEST_F_TIMEOUT(mmap, kernel_gets_pages, SLOW)
 {
 	struct pin_longterm_test args = { .flags = PIN_LONGTERM_TEST_FLAG_USE_WRITE };
@@ -338,7 +338,7 @@ TEST_F_TIMEOUT(mmap, kernel_gets_pages, SLOW)
 	check(t);
 }
 
-/* Costs the part that it is in, neither more nor less. */
+/* An error makes exactly one part inaccessible. */
 TEST_F_TIMEOUT(mmap, memory_error, SLOW)
 {
 	struct mmap_test *t = &self->t;
@@ -359,7 +359,9 @@ TEST_F_TIMEOUT(mmap, memory_error, SLOW)
 	gmem_guest_do(t->vcpu, GMEM_CHECK, GMEM_GPA, SZ_2M, SZ_4K, PATTERN);
 	gmem_guest_do(t->vcpu, GMEM_CHECK, GMEM_GPA + SZ_4M, t->size - SZ_4M, SZ_4K,
 		      PATTERN + SZ_4M);
-	/* Not while it is in the file, and not a part of the huge page. */
+	/*
+	 * Unpoison only after the page has left the file, and by the head page's pfn.
+	 */
 	EXPECT_EQ(EBUSY, gmem_unpoison(pfn));
 	kvm_fallocate(t->fd, PUNCH_HOLE, 0, t->size);
 	ASSERT_EQ(0, gmem_unpoison(pfn & ~(t->page_size / SZ_4K - 1)));
@@ -370,7 +372,7 @@ TEST_F_TIMEOUT(mmap, nothing_is_beyond_the_file, SLOW)
 	gmem_expect_nothing_beyond(self->t.fd);
 }
 
-/* The guest has what is in the file, whatever is mapped where the host said that is. */
+/* The guest accesses the file, whatever is mapped at the slot's userspace address. */
 TEST_F_TIMEOUT(mmap, neighbors_are_the_files, SLOW)
 {
 	struct mmap_test *t = &self->t;
@@ -385,7 +387,7 @@ TEST_F_TIMEOUT(mmap, neighbors_are_the_files, SLOW)
 				   elsewhere, fd, 0);
 	gmem_guest_do(t->vcpu, GMEM_WRITE, gpa, size, SZ_4K, PATTERN);
 
-	/* Now the pages are there, and the guest's mappings of them are not. */
+	/* The pages are allocated now, but no longer mapped in the guest. */
 	gmem_delete_slot(t->vm, GMEM_SLOT + 1);
 	vm_set_user_memory_region2(t->vm, GMEM_SLOT + 1, KVM_MEM_GUEST_MEMFD, gpa, size,
 				   elsewhere, fd, 0);
@@ -396,7 +398,7 @@ TEST_F_TIMEOUT(mmap, neighbors_are_the_files, SLOW)
 	kvm_close(fd);
 }
 
-/* A file that the host cannot map: nothing is taken apart for that. */
+/* A file that the host cannot map keeps its huge pages whole. */
 TEST_F_TIMEOUT(mmap, file_without_mmap, SLOW)
 {
 	struct mmap_test *t = &self->t;

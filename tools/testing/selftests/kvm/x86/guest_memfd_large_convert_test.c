@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Conversion of a large guest_memfd file in one call, while others want the CPU too.
+ * Conversion of a large guest_memfd file in one call, while other tasks need the CPU.
  *
- * The file takes all free 1 GiB pages of the pool.  It is for a machine with one CPU, so
- * that whoever has it keeps others waiting.  What has been measured is printed as lines
- * "# name value", in nanoseconds: these are instructions if the machine's clock counts
- * them.
+ * The file takes all free 1 GiB pages of the pool.  Run this on a machine with one CPU,
+ * so that a task on the CPU delays all others.  Each result is a line "# name value".
+ * Times are in nanoseconds, or in instructions if the clock of the machine counts
+ * these.
  */
 #include <pthread.h>
 #include <sched.h>
@@ -32,7 +32,7 @@
 
 #define PATTERN		0x600d600d00000000ull
 
-/* How long the real-time thread sleeps, and the longest that it may be kept waiting. */
+/* Sleep time of the real-time thread, and the limit for its delay. */
 #define NAP_NS		100000
 #define MAX_DELAY_NS	NSEC_PER_SEC
 
@@ -90,7 +90,7 @@ static void destroy(struct large_test *t)
 	kvm_close(t->fd);
 }
 
-/* One word of each page of 1 GiB that the guest can address. */
+/* Access one word of each 1 GiB page that the guest can address. */
 static void guest_does(struct large_test *t, enum gmem_op op)
 {
 	gmem_guest_do(t->vcpu, op, GMEM_GPA, min_t(u64, t->size, GMEM_WINDOW), SZ_1G, PATTERN);
@@ -107,7 +107,7 @@ static u64 convert(struct large_test *t, u64 offset, u64 size, u64 attributes)
 	return start;
 }
 
-/* One page of 4 KiB, in a page of 1 GiB that is whole before and after. */
+/* Convert 4 KiB of a 1 GiB page that is not split before and after. */
 static void convert_one(struct large_test *t, const char *which)
 {
 	const u64 offset = t->size / SZ_1G / 2 * SZ_1G + SZ_1G / 2;
@@ -129,7 +129,7 @@ static u64 do_mincore(struct large_test *t, unsigned char *vec)
 	return now() - start;
 }
 
-/* Looks all pages up, and has a reference to each for a moment. */
+/* Look up all pages of 1 GiB.  A lookup has a reference for a moment. */
 static void *look(void *arg)
 {
 	unsigned char *vec = malloc(SZ_1G / SZ_4K);
@@ -144,9 +144,9 @@ static void *look(void *arg)
 }
 
 /*
- * Before all others, whenever it wakes up: so if that is late, preemption or interrupts
- * have been off, as they are for whoever holds a spinlock.  That may have begun right
- * after the last time.
+ * The thread preempts all others when it wakes up.  If that is late, preemption or
+ * interrupts were off, e.g. under a spinlock.  They may have been off since right after
+ * the previous wakeup.
  */
 static void *nap(void *arg)
 {
@@ -168,7 +168,7 @@ static void *nap(void *arg)
 	return NULL;
 }
 
-/* There and back, with what the host has mapped in each 2 MiB on the way back. */
+/* Convert all memory to shared and back.  In between, map a page of each 2 MiB. */
 static void convert_all(struct large_test *t, const char *which)
 {
 	u64 per_gib = t->size / SZ_1G, i;
@@ -203,7 +203,7 @@ static void convert_all_beside_others(struct large_test *t)
 	print_value("not_preemptible_at_most", t->max_delay + NAP_NS);
 }
 
-/* Waits for each conversion, in a fault. */
+/* Fault in pages.  A fault waits for the conversion. */
 static void *fault(void *arg)
 {
 	struct large_test *t = arg;
@@ -233,7 +233,7 @@ static void *map(void *arg)
 	return NULL;
 }
 
-/* Returns how long it took. */
+/* Return how long the conversion took. */
 static u64 share_all_beside_faults(struct large_test *t)
 {
 	pthread_t faulter, mapper;
@@ -273,7 +273,7 @@ FIXTURE_TEARDOWN(large)
 	hugetlb_expect_released(&self->t.counters, "after close");
 }
 
-/* What 4 KiB cost does not depend on what else is in the file. */
+/* The cost for 4 KiB should not depend on the size of the file. */
 TEST_F_TIMEOUT(large, all_in_one_call, SLOW)
 {
 	struct large_test *t = &self->t;
@@ -296,7 +296,7 @@ TEST_F_TIMEOUT(large, all_in_one_call, SLOW)
 	EXPECT_LT(0, t->nr_naps);
 	EXPECT_LT(t->max_delay, MAX_DELAY_NS);
 
-	/* A fault that waits for a conversion keeps nobody else waiting. */
+	/* A fault that waits for a conversion must not block mmap(). */
 	took = share_all_beside_faults(t);
 	EXPECT_LT(t->max_mmap, took / 4);
 	destroy(t);

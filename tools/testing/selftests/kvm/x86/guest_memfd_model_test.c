@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Anything that can be done to a guest_memfd file on huge pages, in any order, compared
- * with a model of what has to come of it.
+ * Random operations on a guest_memfd file of huge pages, compared with a model.
  *
- * The model is an array with one entry a page.  After each operation the kernel
- * compares what folios there are with what there have to be.
+ * The model is an array with one entry per page.  After each operation the kernel
+ * checks that the folios of the file are those that its attributes demand.
  */
 #include <fcntl.h>
 #include <getopt.h>
@@ -37,7 +36,7 @@ struct page {
 	u64 value;
 };
 
-/* A page in a pipe.  What has left the file keeps what was in it. */
+/* A page in a pipe.  Its contents must not change after it has left the file. */
 struct pin {
 	int fds[2];
 	bool used;
@@ -63,7 +62,7 @@ static struct model {
 
 static u64 state;
 
-/* Of 64 bits the upper ones are random enough. */
+/* The upper bits of the state are random enough. */
 static u64 rnd(u64 below)
 {
 	state = state * 6364136223846793005ull + 1442695040888963407ull;
@@ -80,7 +79,7 @@ static bool chance(int percent)
 	return rnd(100) < percent;
 }
 
-/* Most ranges are small, and some are all there is. */
+/* Most ranges are small, and some are the whole file. */
 static void pick_range(u64 *first, u64 *nr)
 {
 	switch (rnd(10)) {
@@ -208,7 +207,7 @@ static void do_unpin(void)
 		unpin(p);
 }
 
-/* A page that waits for its last user is not reserved yet. */
+/* A page is reserved again after its last reference is dropped. */
 static void wait_for_reservation(void)
 {
 	long want, has, i;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * What becomes of huge pages of guest_memfd that are in parts, whoever uses them, and of
- * what is counted and charged for them: whichever way they leave their file, they go back
- * to the pool as what they were, and no counter can tell that they were not.
+ * Lifetime of split huge pages of guest_memfd, with other users of their memory, and
+ * the counters and charges for them.  However a huge page leaves its file, it returns
+ * to the pool whole, and the counters do not depend on whether it was split.
  */
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -34,10 +34,10 @@
 
 #define PATTERN		0x600d600d00000000ull
 
-/* What is in no hurry. */
+/* Timeout for asynchronous updates. */
 #define SETTLE_SECONDS	10
 
-/* There is a parent, so that something can be seen in a cgroup that has a limit. */
+/* Use a parent other than the root: it takes over charges, and has files for them. */
 #define PARENT_PATH	CGROUP_MOUNT "/gmem_life"
 #define CHILD		"gmem_life/vmm"
 
@@ -51,7 +51,7 @@ struct life_test {
 	u64 size;
 	int fd;
 	int check;
-	bool plain;		/* the pool's pages have all of their vmemmap */
+	bool plain;		/* the vmemmap of the pool's pages is not optimized */
 	char *mem;
 	struct hugetlb_counters before;
 };
@@ -102,7 +102,7 @@ static void convert(struct life_test *t, u64 offset, u64 size, u64 attributes)
 	check(t);
 }
 
-/* The guest has something in each part, that is in each huge page, too. */
+/* Write to each part, and so to each huge page, from the guest. */
 static void guest_write_parts(struct life_test *t)
 {
 	gmem_guest_do(t->vcpu, GMEM_WRITE, GMEM_GPA, t->size, SZ_2M, PATTERN);
@@ -113,7 +113,7 @@ static void guest_check_parts(struct life_test *t)
 	gmem_guest_do(t->vcpu, GMEM_CHECK, GMEM_GPA, t->size, SZ_2M, PATTERN);
 }
 
-/* All huge pages are in parts, and some are in pages. */
+/* Split all huge pages, and the first part of each and the last part into pieces. */
 static void split_all(struct life_test *t)
 {
 	long i;
@@ -123,7 +123,7 @@ static void split_all(struct life_test *t)
 	convert(t, t->size - SZ_4K, SZ_4K, SHARED);
 }
 
-/* What is freed elsewhere may take a moment. */
+/* Poll the counters, as another context can free the pages. */
 #define expect_pages(t, free, resv, fmt, ...)						\
 	__hugetlb_expect(&(t)->before, free, resv, true, __FILE__, __LINE__, fmt,	\
 			 ##__VA_ARGS__)
@@ -140,7 +140,7 @@ static bool cgroups_available(void)
 	       !cg_write(PARENT_PATH, "cgroup.subtree_control", "+hugetlb +memory");
 }
 
-/* In the parent of a test: it outlives a failed test, and isn't in the cgroup. */
+/* Run in the parent, which outlives a failed test and is not in the cgroup. */
 static void remove_cgroups(bool accounting)
 {
 	rmdir(CGROUP_MOUNT "/" CHILD);
@@ -190,7 +190,7 @@ FIXTURE_TEARDOWN_PARENT(life)
 }
 
 /*
- * What the kernel counts of memory that is in page caches, mapped or locked.
+ * Kernel counters of memory that is in the page cache, mapped or locked.
  */
 enum { MAPPED, MLOCK, FILE_PAGES, FILE_HUGE, FILE_PMD, UNEVICTABLE, NODE_FILE, NR_STATS };
 
@@ -199,7 +199,7 @@ static const struct {
 	const char *key;
 	long slack;
 } stats[NR_STATS] = {
-	/* The test maps more of its own text now and then. */
+	/* The test itself may map more of its text at any time. */
 	[MAPPED]	= { "/proc/vmstat", "nr_mapped ", 128 },
 	[MLOCK]		= { "/proc/vmstat", "nr_mlock " },
 	[FILE_PAGES]	= { "/proc/vmstat", "nr_file_pages " },
@@ -218,7 +218,7 @@ static struct vm_stats get_vm_stats(void)
 	int i, fd = open_path_or_exit("/proc/sys/vm/stat_refresh", O_WRONLY);
 	struct vm_stats s;
 
-	/* What is still with a CPU. */
+	/* Fold the per-CPU counters. */
 	TEST_ASSERT(write(fd, "1", 1) == 1, "Can't refresh /proc/vmstat");
 	kvm_close(fd);
 	for (i = 0; i < NR_STATS; i++)
@@ -227,7 +227,7 @@ static struct vm_stats get_vm_stats(void)
 	return s;
 }
 
-/* The first one that is not what it was plus @nr mapped and @nr_locked pages. */
+/* Find a counter that is not @before plus @nr mapped or @nr_locked locked pages. */
 static int find_changed_stat(const struct vm_stats *before, const struct vm_stats *now,
 			     long nr, long nr_locked)
 {
@@ -304,7 +304,7 @@ TEST_F_TIMEOUT(life, counters, SLOW)
 	expect_vm_stats(&before, 0, 0, "punched");
 	hugetlb_expect(&t->before, 0, t->nr, "punched");
 
-	/* In parts from the beginning. */
+	/* Allocate a huge page that is split from the beginning. */
 	touch(t, 0, SZ_2M);
 	split_all(t);
 	EXPECT_EQ(t->page_size / 512, gmem_blocks(t->fd));
@@ -317,7 +317,7 @@ TEST_F_TIMEOUT(life, counters, SLOW)
 	EXPECT_EQ(0, hugetlb_cgroup_remove());
 }
 
-/* mlock() holds for addresses, and counts pages. */
+/* mlock() applies to addresses, but NR_MLOCK counts pages. */
 static void share_locked_part(struct life_test *t, const struct vm_stats *before)
 {
 	hugetlb_get(t->page_size, &t->before);
@@ -382,13 +382,16 @@ TEST_F_TIMEOUT(life, locked_memory_is_closed, SLOW)
 }
 
 /*
- * A cgroup that is removed takes nothing along, and waits for nobody.
+ * A removed cgroup moves its charges to the parent, and does not wait for pages.
  */
 
-/* The reservation is charged elsewhere, so that it does not keep the cgroup. */
+/*
+ * Open the file before entering the cgroup: the charge for its reservation would keep
+ * the cgroup.
+ */
 static void open_file_and_enter_cgroup(struct life_test *t)
 {
-	/* Those of other tests may still be on their way. */
+	/* Wait until the cgroups of other tests are freed. */
 	TEST_ASSERT(!hugetlb_cgroup_wait_for_dying(0), "A cgroup does not want to die");
 	open_file(t);
 	TEST_ASSERT(hugetlb_cgroup_enter(CHILD), "Can't enter a cgroup");
@@ -398,7 +401,7 @@ static void open_file_and_enter_cgroup(struct life_test *t)
 	TEST_ASSERT_EQ(hugetlb_cgroup_read(t->page_size, "rsvd.current"), 0);
 }
 
-/* It has gone for good as soon as nothing is charged to it. */
+/* The removed cgroup is freed as soon as nothing is charged to it. */
 static void leave_cgroup_and_remove_it(void)
 {
 	hugetlb_cgroup_leave();
@@ -439,7 +442,7 @@ TEST_F_TIMEOUT(life, cgroup_of_parts_is_removed, SLOW)
 	leave_cgroup_and_remove_it();
 	expect_parent_charge(t, t->size);
 
-	/* That they belong to another one now is not forgotten. */
+	/* Splits and merges after the removal keep the charge to the parent. */
 	convert(t, t->page_size / 2, SZ_4K, SHARED);
 	expect_parent_charge(t, t->size);
 	convert(t, 0, t->size, PRIVATE);
@@ -453,7 +456,7 @@ TEST_F_TIMEOUT(life, cgroup_of_parts_is_removed, SLOW)
 	hugetlb_expect_released(&t->before, "closed");
 }
 
-/* Merged by nobody but the last user. */
+/* Dropping the last reference to a piece merges and uncharges the huge page. */
 TEST_F_TIMEOUT(life, cgroup_of_a_waiting_page_is_removed, SLOW)
 {
 	struct life_test *t = &self->t;
@@ -465,7 +468,10 @@ TEST_F_TIMEOUT(life, cgroup_of_a_waiting_page_is_removed, SLOW)
 		open_file_and_enter_cgroup(t);
 		gmem_pin(fds[1], word(t, SZ_4K));
 		kvm_fallocate(t->fd, PUNCH_HOLE, 0, t->size);
-		/* With a file that waits for it, and without. */
+		/*
+		 * Drop the last reference while the file is open, then after it is
+		 * closed.
+		 */
 		if (i)
 			close_file(t);
 		leave_cgroup_and_remove_it();
@@ -480,7 +486,7 @@ TEST_F_TIMEOUT(life, cgroup_of_a_waiting_page_is_removed, SLOW)
 }
 
 /*
- * Somebody uses a page, in one of these ways, while the file goes away, in another.
+ * Pin a page by a pipe or an io_uring, and remove it from the file in several ways.
  */
 struct user {
 	bool ring;
@@ -511,7 +517,7 @@ static void user_pin(struct user *u, u64 *p)
 		gmem_pin(u->fds[1], p);
 }
 
-/* What was in the page when it was lost is there, for those who can look at it. */
+/* Drop the reference.  A pipe also shows that the contents have not changed. */
 static void user_unpin(struct user *u, u64 want)
 {
 	u64 value;
@@ -529,7 +535,7 @@ FIXTURE(pinned)
 	struct life_test t;
 	struct user user;
 	bool accounting;
-	long memory;		/* of the cgroup, before there was a file */
+	long memory;		/* memory.current before the file was created */
 };
 
 FIXTURE_VARIANT(pinned)
@@ -567,7 +573,7 @@ FIXTURE_TEARDOWN_PARENT(pinned)
 	remove_cgroups(self->accounting);
 }
 
-/* All huge pages are in parts, one page of one of them is in use. */
+/* Split all huge pages, and pin one page. */
 static void open_pinned_file(struct life_test *t, struct user *u)
 {
 	open_file(t);
@@ -589,8 +595,8 @@ static bool one_page_waits(struct life_test *t, long resv)
 }
 
 /*
- * One huge page, whatever was in the file.  It is neither in the pool nor in the
- * reservation, and charged for as before.
+ * Expect one huge page that waits for its last reference.  It is neither free nor
+ * reserved, and still charged.
  */
 static void expect_one_page_waits(struct life_test *t, long resv)
 {
@@ -608,10 +614,10 @@ static void expect_one_page_waits(struct life_test *t, long resv)
 		    cg_read_key_long(hugetlb_cgroup_path(), "memory.stat", "hugetlb "));
 }
 
-/* Slab and per-CPU stock come and go in memory.current. */
+/* Slab and per-CPU stock make memory.current fluctuate. */
 #define MEMCG_SLACK	SZ_1M
 
-/* Nothing is used any more, and nothing charged. */
+/* Expect that all pages are free and uncharged. */
 static void expect_all_is_free(struct life_test *t, long memory)
 {
 	struct timespec start = {};
@@ -640,7 +646,7 @@ TEST_F_TIMEOUT(pinned, punched, SLOW)
 	user_unpin(&self->user, PATTERN + SZ_4K);
 	expect_pages(t, 0, t->nr, "unpinned");
 
-	/* It can be had again. */
+	/* The huge page can be allocated again. */
 	gmem_guest_do(t->vcpu, GMEM_CHECK_ZERO, GMEM_GPA, t->size, SZ_2M, 0);
 	check(t);
 	close_file(t);
@@ -658,7 +664,7 @@ TEST_F_TIMEOUT(pinned, closed, SLOW)
 	expect_all_is_free(t, self->memory);
 }
 
-/* Two users of the same huge page, in different parts where it has some. */
+/* Pin two pages of one huge page, in different parts if it has several. */
 TEST_F_TIMEOUT(pinned, closed_with_two_users, SLOW)
 {
 	struct life_test *t = &self->t;
@@ -677,7 +683,7 @@ TEST_F_TIMEOUT(pinned, closed_with_two_users, SLOW)
 	expect_all_is_free(t, self->memory);
 }
 
-/* The VMM dies, and somebody else has what it put into a pipe or a ring. */
+/* Kill a VMM whose pipe or ring is still open in another process. */
 TEST_F_TIMEOUT(pinned, killed, SLOW)
 {
 	struct life_test *t = &self->t;
@@ -706,14 +712,14 @@ TEST_F_TIMEOUT(pinned, killed, SLOW)
 }
 
 /*
- * Optimization of the vmemmap is turned off and on while pages of the pool are in parts:
- * they stay what they were.
+ * Toggle the optimization of the vmemmap while huge pages are split: a merge restores
+ * the vmemmap as it was.
  */
 FIXTURE(vmemmap)
 {
 	struct life_test t;
 	long optimize;
-	bool rebuilt;		/* the pool */
+	bool rebuilt;		/* the pool was rebuilt */
 };
 
 FIXTURE_VARIANT(vmemmap)
@@ -724,7 +730,7 @@ FIXTURE_VARIANT(vmemmap)
 
 FIXTURE_VARIANT_ADD(vmemmap, 2m_optimized) { .page_size = SZ_2M, };
 FIXTURE_VARIANT_ADD(vmemmap, 1g_optimized) { .page_size = SZ_1G, };
-/* 1 GiB that has left the pool may not be found again. */
+/* A 1 GiB page that has left the pool may not be available again. */
 FIXTURE_VARIANT_ADD(vmemmap, 2m_plain) { .page_size = SZ_2M, .plain = true, };
 
 static void rebuild_pool(void)
@@ -764,7 +770,7 @@ FIXTURE_TEARDOWN_PARENT(vmemmap)
 		rebuild_pool();
 }
 
-/* Each of these steps takes apart, or puts together, what another one did not. */
+/* Toggle between the steps, each of which splits or merges other folios. */
 static void split_and_merge_between(struct life_test *t, long first, long second)
 {
 	write_number(OPTIMIZE, first);
@@ -794,7 +800,7 @@ TEST_F_TIMEOUT(vmemmap, toggled_while_in_parts, SLOW)
 	hugetlb_expect_released(&t->before, "closed");
 }
 
-/* A page that was in parts goes to the pool and comes from there. */
+/* Return split huge pages to the pool, toggle, and allocate them again. */
 TEST_F_TIMEOUT(vmemmap, toggled_before_the_pages_are_used_again, SLOW)
 {
 	struct life_test *t = &self->t;
@@ -808,7 +814,10 @@ TEST_F_TIMEOUT(vmemmap, toggled_before_the_pages_are_used_again, SLOW)
 		write_number(OPTIMIZE, !(i & 1));
 		kvm_fallocate(t->fd, PUNCH_HOLE, 0, t->size);
 		expect_pages(t, 0, t->nr, "punched");
-		/* In parts from the beginning, then as a whole. */
+		/*
+		 * Allocate whole pages in the next round.  The attributes stay mixed
+		 * otherwise.
+		 */
 		if (i == 1)
 			convert(t, 0, t->size, PRIVATE);
 	}
@@ -816,7 +825,7 @@ TEST_F_TIMEOUT(vmemmap, toggled_before_the_pages_are_used_again, SLOW)
 	hugetlb_expect_released(&t->before, "closed");
 }
 
-/* Another user of the pool has to be able to change what he gets. */
+/* Later users of the pool must be able to write to the pages and to free them. */
 TEST_F_TIMEOUT(vmemmap, pages_that_were_in_parts_are_good, SLOW)
 {
 	struct life_test *t = &self->t;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Conversion of guest_memfd memory on huge pages: these are split only as far as what
- * they are demands, and merged as soon as it allows that.
+ * Conversion of guest_memfd memory on huge pages.  Huge pages are split only as far as
+ * their attributes require, and merged as soon as these allow it.
  *
- * After every step the kernel compares what folios there are with what there have to be,
- * and guest and host look at the contents of every page.
+ * After every step, the kernel compares the folios with those that the attributes
+ * require, and guest and host check the contents of every page.
  */
 #include <fcntl.h>
 #include <stdio.h>
@@ -32,7 +32,7 @@
 #define PRIVATE		KVM_MEMORY_ATTRIBUTE_PRIVATE
 #define SHARED		0
 
-/* What is private in a huge page is in parts of 2 MiB. */
+/* A part of a huge page is 2 MiB. */
 #define PAGES_PER_PART	(SZ_2M / SZ_4K)
 
 #define PUNCH_HOLE	(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
@@ -45,7 +45,7 @@
 struct split_test {
 	struct kvm_vm *vm;
 	struct kvm_vcpu *vcpu;
-	struct kvm_vcpu *victim;	/* does what ends in an error */
+	struct kvm_vcpu *victim;	/* for accesses that fail */
 	size_t page_size;
 	size_t size;
 	int fd;
@@ -185,10 +185,10 @@ TEST_F_TIMEOUT(split, everything, SLOW)
 	guest_check_all(t);
 }
 
-/* To look at all folios of 1 GiB after each step would take longer than the steps. */
+/* Checking all folios of 1 GiB takes longer than a step, so check only after some. */
 #define STEPS_PER_CHECK	32
 
-/* A page in each part. */
+/* Convert one page of each part. */
 static void convert_in_parts(struct split_test *t, u64 offset, u64 attributes)
 {
 	u64 i;
@@ -205,7 +205,7 @@ static void convert_in_parts(struct split_test *t, u64 offset, u64 attributes)
 
 #define TRACING	"/sys/kernel/tracing/"
 
-/* How many lines of the trace have both in them. */
+/* Return the number of lines in the trace that contain both strings. */
 static int traced(const char *event, const char *what)
 {
 	FILE *file = fopen(TRACING "trace", "r");
@@ -219,7 +219,7 @@ static int traced(const char *event, const char *what)
 	return nr;
 }
 
-/* Who wonders why a guest has small mappings can see. */
+/* Tracepoints explain why a guest has small mappings. */
 TEST_F_TIMEOUT(split, tracing, SLOW)
 {
 	struct split_test *t = &self->t;
@@ -249,7 +249,7 @@ TEST_F_TIMEOUT(split, tracing, SLOW)
 	write_number(TRACING "trace", 0);
 }
 
-/* In one part after the other, then all at once. */
+/* Split and merge part by part, then merge all parts at once. */
 TEST_F_TIMEOUT(split, each_part_in_turn, SLOW)
 {
 	struct split_test *t = &self->t;
@@ -266,7 +266,7 @@ TEST_F_TIMEOUT(split, each_part_in_turn, SLOW)
 	guest_check_all(t);
 }
 
-/* Convert a page at every @stride, in any order. */
+/* Convert a page every @stride bytes, in random order. */
 static void convert_comb(struct split_test *t, u64 offset, u64 stride, int nr, u64 attributes)
 {
 	int order[PAGES_PER_PART], i, j;
@@ -299,7 +299,7 @@ static void share_and_merge_comb(struct split_test *t, u64 offset, u64 stride, i
 	guest_check_all(t);
 }
 
-/* One page in each part, then each page of one part: the most folios with the least. */
+/* Convert one page of each part, then each page of one part, then every other one. */
 TEST_F_TIMEOUT(split, combs, SLOW)
 {
 	struct split_test *t = &self->t;
@@ -317,7 +317,7 @@ static long kernel_memory(void)
 	return cg_read_key_long(hugetlb_cgroup_path(), "memory.stat", "kernel ");
 }
 
-/* What is a few pages only may not be told at once. */
+/* memory.stat can lag by a few pages. */
 static long wait_for_kernel_memory(long min, long max)
 {
 	int i;
@@ -327,12 +327,15 @@ static long wait_for_kernel_memory(long min, long max)
 	return kernel_memory();
 }
 
-/* Guests decide how many struct pages there have to be, so their cgroup pays for them. */
+/* The guest determines how many struct pages there are, so charge its cgroup. */
 TEST_F_TIMEOUT(split, struct_pages_are_charged, SLOW)
 {
 	struct split_test *t = &self->t;
 	const long nr_huge = t->size / t->page_size;
-	/* All of them but those that the huge pages have anyway, 64 bytes for 4 KiB. */
+	/*
+	 * Struct pages are 64 bytes per 4 KiB.  An optimized huge page keeps 4 KiB of
+	 * them.
+	 */
 	const long nr_bytes = t->size / SZ_4K * 64 - nr_huge * SZ_4K;
 	long before, split;
 
@@ -357,7 +360,7 @@ static void limit_memory(long left)
 		    "Can't limit the cgroup");
 }
 
-/* A cgroup that cannot pay for struct pages: an error for who asks, and no OOM. */
+/* Beyond the cgroup's limit the conversion fails, and the OOM killer does not run. */
 TEST_F_TIMEOUT(split, struct_pages_beyond_a_limit, SLOW)
 {
 	struct split_test *t = &self->t;
@@ -376,7 +379,7 @@ TEST_F_TIMEOUT(split, struct_pages_beyond_a_limit, SLOW)
 	guest_check_all(t);
 	TEST_EXPECT_SIGBUS(READ_ONCE(*word(t, 0)));
 
-	/* The same where a fault needs them. */
+	/* A fault that needs struct pages fails likewise. */
 	kvm_fallocate(t->fd, PUNCH_HOLE, 0, t->size);
 	convert(t, 0, SZ_4K, SHARED);
 	TEST_EXPECT_SIGBUS(READ_ONCE(*word(t, 0)));
@@ -389,7 +392,7 @@ TEST_F_TIMEOUT(split, struct_pages_beyond_a_limit, SLOW)
 	EXPECT_EQ(0, hugetlb_cgroup_remove());
 }
 
-/* Ranges that begin and end anywhere, over more than one huge page. */
+/* Convert ranges of any alignment, also across huge pages. */
 TEST_F_TIMEOUT(split, ranges_of_any_alignment, SLOW)
 {
 	struct split_test *t = &self->t;
@@ -413,7 +416,7 @@ TEST_F_TIMEOUT(split, ranges_of_any_alignment, SLOW)
 	guest_check_all(t);
 }
 
-/* How the guest has memory mapped, beside what it runs on. */
+/* KVM's mappings of guest memory, by size. */
 struct mappings {
 	long nr_1g, nr_2m, nr_4k;
 };
@@ -427,7 +430,7 @@ static struct mappings get_mappings(struct split_test *t)
 	};
 }
 
-/* When it has touched everything. */
+/* Access all memory from the guest, then compare the mappings added since @before. */
 static void expect_mappings(struct split_test *t, const struct mappings *before,
 			    struct mappings want, const char *what)
 {
@@ -444,7 +447,7 @@ static void expect_mappings(struct split_test *t, const struct mappings *before,
 		    have.nr_4k);
 }
 
-/* The file is one page of 1 GiB, or some of 2 MiB. */
+/* Mappings by the file's page size: one of 1 GiB, or several of 2 MiB. */
 static struct mappings largest(struct split_test *t)
 {
 	if (t->page_size == SZ_1G)
@@ -453,7 +456,7 @@ static struct mappings largest(struct split_test *t)
 	return (struct mappings) { .nr_2m = t->size / SZ_2M };
 }
 
-/* All of it but @parts, which are mapped page by page. */
+/* Mappings by 2 MiB, except for @parts that are mapped by 4 KiB. */
 static struct mappings mixed(struct split_test *t, int parts)
 {
 	return (struct mappings) {
@@ -481,7 +484,7 @@ TEST_F_TIMEOUT(split, guest_mappings, SLOW)
 	convert(t, other + SZ_2M, SZ_4K, PRIVATE);
 	expect_mappings(t, &before, largest(t), "private again");
 
-	/* What is shared is 4 KiB for the host only. */
+	/* The host maps shared memory by 4 KiB, but the guest does not have to. */
 	convert(t, page, SZ_2M, SHARED);
 	expect_mappings(t, &before, mixed(t, 0), "2 MiB shared");
 	convert(t, page, SZ_2M, PRIVATE);
@@ -496,7 +499,7 @@ TEST_F_TIMEOUT(split, guest_mappings, SLOW)
 	expect_mappings(t, &before, largest(t), "private at last");
 }
 
-/* Accesses of the host that were answered without a new fault. */
+/* Access the range from the host, without any fault. */
 static void expect_still_mapped(struct split_test *t, u64 offset, u64 size)
 {
 	struct rusage before, after;
@@ -513,7 +516,7 @@ static void expect_still_mapped(struct split_test *t, u64 offset, u64 size)
 		       before.ru_minflt + before.ru_majflt);
 }
 
-/* Nobody has to fault in again what is not converted. */
+/* A conversion leaves the host's mappings outside of its range alone. */
 TEST_F_TIMEOUT(split, host_mappings_of_neighbors, SLOW)
 {
 	struct split_test *t = &self->t;
@@ -536,7 +539,7 @@ TEST_F_TIMEOUT(split, host_mappings_of_neighbors, SLOW)
 	convert(t, part + SZ_2M, SZ_2M, PRIVATE);
 	expect_still_mapped(t, part, SZ_2M);
 
-	/* In the same part, and in what is left of it. */
+	/* Convert one page of the mapped part: the rest of the part stays mapped. */
 	convert(t, part + SZ_1M, SZ_4K, PRIVATE);
 	EXPECT_EQ(0, gmem_host_pfn(word(t, part + SZ_1M)));
 	expect_still_mapped(t, part, SZ_1M);
@@ -546,7 +549,7 @@ TEST_F_TIMEOUT(split, host_mappings_of_neighbors, SLOW)
 	expect_still_mapped(t, part + SZ_1M + SZ_4K, SZ_1M - SZ_4K);
 }
 
-/* What is mixed when it is allocated. */
+/* Allocate huge pages whose attributes are mixed. */
 TEST_F_TIMEOUT(split, allocated_in_pieces, SLOW)
 {
 	struct split_test *t = &self->t;
@@ -575,7 +578,7 @@ TEST_F_TIMEOUT(split, pinned_pages, SLOW)
 	convert(t, SZ_4K, SZ_8K, SHARED);
 	gmem_pin(fds[1], word(t, SZ_4K));
 
-	/* Others are not in the way. */
+	/* Other pages can be converted. */
 	convert(t, SZ_8K, SZ_4K, PRIVATE);
 	convert(t, SZ_2M, SZ_1M, SHARED);
 	convert(t, SZ_2M, SZ_1M, PRIVATE);
@@ -591,7 +594,7 @@ TEST_F_TIMEOUT(split, pinned_pages, SLOW)
 	guest_check_all(t);
 }
 
-/* Pages of three parts are shared, and each of them is what it was. */
+/* Expect that exactly the pages at @offsets are shared, with unchanged contents. */
 static void expect_shared_in_parts(struct split_test *t, const u64 *offsets, int nr)
 {
 	int i;
@@ -604,7 +607,7 @@ static void expect_shared_in_parts(struct split_test *t, const u64 *offsets, int
 	guest_check_all(t);
 }
 
-/* All parts, or huge pages, become private, or none of them does. */
+/* A conversion to private covers all parts or huge pages of the range, or none. */
 TEST_F_TIMEOUT(split, pin_in_one_of_three_parts, SLOW)
 {
 	const u64 pages[] = { SZ_4K, SZ_2M + SZ_1M, 3 * SZ_2M - SZ_4K };
@@ -641,7 +644,7 @@ TEST_F_TIMEOUT(split, pin_in_one_of_three_parts, SLOW)
 	guest_check_all(t);
 }
 
-/* A hole in the file, and memory that is still in use. */
+/* Punch a hole while one of its pages is pinned. */
 TEST_F_TIMEOUT(split, punched_while_pinned, SLOW)
 {
 	struct split_test *t = &self->t;
@@ -667,7 +670,7 @@ TEST_F_TIMEOUT(split, punched_while_pinned, SLOW)
 	kvm_close(fds[1]);
 }
 
-/* The file and the VM are gone. */
+/* Close the file and the VM while a page is pinned. */
 TEST_F_TIMEOUT(split, closed_while_pinned, SLOW)
 {
 	struct split_test *t = &self->t;
@@ -696,7 +699,7 @@ TEST_F_TIMEOUT(split, closed_while_pinned, SLOW)
 	hugetlb_expect_released(&before, "after it is not in use any more");
 }
 
-/* A page with an error: nobody else's, and the huge page is not used again. */
+/* An error affects one page.  The huge page can be reused only after unpoisoning. */
 TEST_F_TIMEOUT(split, memory_error, SLOW)
 {
 	struct split_test *t = &self->t;
@@ -724,11 +727,11 @@ TEST_F_TIMEOUT(split, memory_error, SLOW)
 					  NULL));
 	}
 	kvm_fallocate(t->fd, PUNCH_HOLE, 0, t->page_size);
-	/* Of the whole page, as it is now. */
+	/* Unpoison the huge page, which is whole again, by its head page. */
 	ASSERT_EQ(0, gmem_unpoison(pfn & ~(t->page_size / SZ_4K - 1)));
 }
 
-/* The first word of a page, read the way that a debugger of the kernel does. */
+/* Read the first word of a page through /proc/kcore, as debuggers do. */
 static u64 kcore_read(u64 pfn)
 {
 	u64 paddr = pfn * SZ_4K, value;
@@ -741,7 +744,7 @@ static u64 kcore_read(u64 pfn)
 	for (i = 0; i < ehdr.e_phnum; i++) {
 		TEST_ASSERT_EQ(pread(fd, &phdr, sizeof(phdr),
 				     ehdr.e_phoff + i * sizeof(phdr)), sizeof(phdr));
-		/* What has no place in memory of its own, has -1. */
+		/* Segments without a physical address have -1 here. */
 		if (phdr.p_type == PT_LOAD && phdr.p_paddr != -1ul &&
 		    paddr - phdr.p_paddr < phdr.p_memsz)
 			break;
@@ -753,7 +756,7 @@ static u64 kcore_read(u64 pfn)
 	return value;
 }
 
-/* Of a part with an error nothing is read; it is noted at the first page only. */
+/* Reads of a folio with an error return zeros, even if only its head is marked. */
 TEST_F_TIMEOUT(split, kcore_reads_no_error, SLOW)
 {
 	const bool in_part = self->t.page_size == SZ_1G;
@@ -776,7 +779,7 @@ TEST_F_TIMEOUT(split, kcore_reads_no_error, SLOW)
 	ASSERT_EQ(PATTERN + bad, kcore_read(pfn + bad / SZ_4K));
 	ASSERT_EQ(0, gmem_poison(pfn + bad / SZ_4K));
 	EXPECT_EQ(0, kcore_read(pfn + bad / SZ_4K));
-	/* That goes as far as the part, and no farther. */
+	/* The error covers its folio, and nothing else. */
 	EXPECT_EQ(in_part ? 0 : PATTERN + bad + SZ_4K, kcore_read(pfn + bad / SZ_4K + 1));
 	if (in_part)
 		EXPECT_EQ(PATTERN + bad + SZ_2M,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * KVM is unloaded while somebody uses pages that its files had: these go back to their
- * pool without it.  It is not while somebody has what is left of a file itself.
+ * Unload KVM while pages that its files had are in use.  The pages must return to their
+ * pool without KVM.  An inode in use must keep KVM loaded.
  */
 #include <fcntl.h>
 #include <unistd.h>
@@ -57,7 +57,7 @@ static bool probe(const char *options, const char *name)
 	return !system(cmd);
 }
 
-/* Inodes need their code, and are freed a moment after files have been closed. */
+/* Retry: an inode keeps its module loaded until a moment after the file was closed. */
 static bool unload(const char *name)
 {
 	int i;
@@ -90,7 +90,7 @@ FIXTURE_TEARDOWN(unload)
 	kvm_close(self->pipe[1]);
 }
 
-/* A process whose end leaves nothing but a page in the pipe. */
+/* Leave nothing but a page in the pipe when the process exits. */
 static void use_page(int pipe_fd, size_t page_size, bool converts)
 {
 	struct kvm_vcpu *vcpu;
@@ -126,19 +126,19 @@ TEST_F_TIMEOUT(unload, while_page_is_in_use, SLOW)
 		_exit(0);
 	}
 	TEST_ASSERT(waitpid(pid, &status, 0) == pid && !status, "The process failed");
-	EXPECT_EQ(1, hugetlb_read(variant->page_size, "guestmem_waiting_hugepages"));
+	EXPECT_EQ(1, hugetlb_read(variant->page_size, "waiting_hugepages"));
 
 	ASSERT_TRUE(unload(self->vendor));
 	ASSERT_TRUE(unload("kvm"));
-	EXPECT_EQ(1, hugetlb_read(variant->page_size, "guestmem_waiting_hugepages"));
+	EXPECT_EQ(1, hugetlb_read(variant->page_size, "waiting_hugepages"));
 	hugetlb_expect(&self->counters, -1, 0, "while the page is in use");
 	EXPECT_EQ(sizeof(val), read(self->pipe[0], &val, sizeof(val)));
 	EXPECT_EQ(PATTERN, val);
 	hugetlb_expect_released(&self->counters, "after it is not in use any more");
-	EXPECT_EQ(0, hugetlb_read(variant->page_size, "guestmem_waiting_hugepages"));
+	EXPECT_EQ(0, hugetlb_read(variant->page_size, "waiting_hugepages"));
 }
 
-/* A path keeps an inode, and no file: nothing that needs KVM, but for its end. */
+/* An O_PATH descriptor keeps only the inode, which needs KVM when it is freed. */
 TEST_F_TIMEOUT(unload, while_there_is_a_path, SLOW)
 {
 	struct kvm_vcpu *vcpu;

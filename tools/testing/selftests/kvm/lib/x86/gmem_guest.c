@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * VMs whose private memory is a guest_memfd file, and guest code that touches
+ * VMs whose private memory is a guest_memfd file, and guest code that accesses
  * it on command.
  */
 #include <fcntl.h>
@@ -69,7 +69,7 @@ struct kvm_vm *gmem_vm_create_type(int type, int nr_vcpus, struct kvm_vcpu *vcpu
 	level = kvm_cpu_has(X86_FEATURE_GBPAGES) ? PG_LEVEL_1G : PG_LEVEL_2M;
 	virt_map_level(vm, GMEM_GPA, GMEM_GPA, GMEM_WINDOW, level);
 
-	/* Let the guest's own code and data be mapped before anything is counted. */
+	/* Fault in the guest's code and data before tests count mappings. */
 	for (i = 0; i < nr_vcpus; i++) {
 		vcpu_args_set(vcpus[i], 1, (u64)i);
 		for (op = GMEM_READ; op <= GMEM_CHECK_ZERO; op++)
@@ -169,7 +169,7 @@ void gmem_guest_do(struct kvm_vcpu *vcpu, enum gmem_op op, gpa_t gpa, u64 size,
 		    vcpu->run->memory_fault.gpa);
 }
 
-/* mmap() does not get there, but mremap() does. */
+/* mmap() refuses such offsets, but mremap() can extend a mapping to them. */
 void gmem_expect_nothing_beyond(int fd)
 {
 	const u64 offset = (1ull << 63) - 2 * SZ_4K, nr_pages = 4;
