@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 #
-# Every target is a script of the same name in scripts/, which can be run by
-# itself and explains itself with --help (qemu-tree and qemu-export: tree and export
+# Each target runs the script of the same name in scripts/, which can also be run
+# directly and describes itself with --help (qemu-tree and qemu-export: tree and export
 # with --qemu).  "make help" lists the targets.
 
 .DEFAULT_GOAL := help
@@ -13,27 +13,27 @@ S := ./scripts
 on = $(filter-out 0,$(1))
 run-options = $(if $(call on,$(BASE)),--base) $(if $(call on,$(DEBUG)),--debug) \
 	$(if $(call on,$(ICOUNT)),--icount) $(OPTIONS)
-# Of test, test-debug: FILTER=glob, REMEMBER=1 leaves out what has passed before, QUICK=1
-# what is slow.
+# Options of test, test-debug: FILTER=glob selects tests, REMEMBER=1 omits tests that
+# have passed before, QUICK=1 omits slow ones.
 test-options = $(if $(FILTER),--filter '$(FILTER)') $(if $(call on,$(REMEMBER)),--remember) \
 	$(if $(call on,$(QUICK)),--quick)
-# LINUX=, KERNEL_TARBALL= and QEMU_SOURCE= go to scripts/fetch through the environment.
+# Pass LINUX=, KERNEL_TARBALL= and QEMU_SOURCE= to scripts/fetch in the environment.
 export LINUX KERNEL_TARBALL QEMU_SOURCE JOBS GMEM_CACHE
 
 ##@ Use it
 .PHONY: demo qemu-demo test run shell
 demo: kernel ## boot the patched kernel and show a VM on 1 GiB HugeTLB pages
 	@$S/demo
-qemu-demo: kernel qemu guest ## show QEMU with Linux guests on 1 GiB pages, one of which converts them
+qemu-demo: kernel qemu guest ## show QEMU with Linux guests on 1 GiB pages, one of which converts memory
 	@$S/qemu-demo
 test: kernel ## run all tests on the patched kernel (FILTER=glob for some)
 	@$S/test $(test-options)
-run: need-cmd run-kernel ## boot and run CMD='static-binary args' (DEBUG=1 ICOUNT=1 BASE=1 OPTIONS='--mem 8G'); scripts/run gives the command's exit status
+run: need-cmd run-kernel ## boot and run CMD='static-binary args' (DEBUG=1 ICOUNT=1 BASE=1 OPTIONS='--mem 8G'); scripts/run returns the exit status of the command
 	@$S/run $(run-options) -- $(CMD)
 shell: run-kernel ## the same with an interactive shell (DEBUG=1 ICOUNT=1 BASE=1)
 	@$S/run $(run-options) --shell
 
-# The kernel that the options ask for.
+# Build the kernel that the options select.
 .PHONY: run-kernel need-cmd
 need-cmd:
 	@$(if $(CMD),:,echo "usage: make run CMD='program arguments'" >&2; exit 2)
@@ -48,7 +48,7 @@ fetch: deps ## get the base kernel sources into the cache (or LINUX=tree, KERNEL
 	@$S/fetch >/dev/null
 tree: fetch ## make build/linux: the base, and one commit a patch
 	@$S/tree
-# To build is no reason to refuse work in progress.
+# Building does not refuse work in progress.
 .PHONY: keep-tree
 keep-tree: fetch
 	@$S/tree --keep
@@ -62,10 +62,10 @@ qemu-tree: deps ## make build/qemu, the same for the series for QEMU (or QEMU_SO
 .PHONY: keep-qemu-tree
 keep-qemu-tree: deps
 	@$S/tree --qemu --keep
-qemu: keep-qemu-tree ## build the QEMU that runs in the emulated machine
+qemu: keep-qemu-tree ## build QEMU for the emulated machine
 	@$S/qemu
 .PHONY: guest
-guest: keep-tree ## build the Linux guest that it runs there
+guest: keep-tree ## build the Linux guest of that QEMU
 	@$S/guest
 
 ##@ Work on the series
@@ -82,27 +82,27 @@ git-am-check: fetch ## apply the patches as a distribution does: git am, quilt p
 	@$S/git-am-check
 qemu-export: ## rewrite patches/qemu-10.2/ from build/qemu
 	@$S/export --qemu
-qemu-check: keep-qemu-tree ## check the series for QEMU in all of these ways, and run its tests (QUICK=1 builds only the last commit)
+qemu-check: keep-qemu-tree ## run all of these checks on the series for QEMU, and its tests (QUICK=1 builds only the last commit)
 	@$S/qemu-check $(if $(call on,$(QUICK)),--quick)
 
 ##@ Test more
 .PHONY: test-debug test-modules bench baseline results
 test-debug: kernel-debug ## run all tests on the debug kernel (FILTER=glob for some)
 	@$S/test --debug $(test-options)
-test-modules: keep-tree ## with KVM in modules: unload them while guest memory is in use
+test-modules: keep-tree ## build KVM as modules and unload them while guest memory is in use
 	@$S/kernel --modules >/dev/null
 	@$S/test --modules $(test-options)
-bench: kernel ## count the instructions that the work costs, against the base
+bench: kernel ## count instructions and compare with the base
 	@$S/bench
-baseline: keep-tree ## run the existing tests on the unpatched base, write tests/baseline
+baseline: keep-tree ## run the existing tests on the unpatched base and write tests/baseline
 	@$S/baseline
 
-results: ## run demo, qemu-demo, test and bench, and keep what they print in results/
+results: ## run demo, qemu-demo, test and bench, and save their output in results/
 	@$S/results
 
 ##@ Tidy up
 .PHONY: clean help
-clean: ## remove build/ (refuses to throw away work that is not exported)
+clean: ## remove build/ (refuses if that would lose work that is not exported)
 	@$S/tree --clean
 help: ## show this
 	@awk 'BEGIN { FS = ":[^#]*## " } \

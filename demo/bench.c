@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Counts what guest_memfd costs: run under a clock that counts instructions, so
- * that a nanosecond is one.  Prints "name value" lines for scripts/bench.
+ * Measure the cost of guest_memfd under a clock that counts instructions, so that a
+ * nanosecond is one instruction.  Print "name value" lines for scripts/bench.
  *
  * usage: bench base | huge | convert | convert-two-backings | split
  *
@@ -77,15 +77,15 @@ static void bench_huge(void)
 }
 
 /*
- * Conversions of memory that the guest has written to and has mapped.  What a guest's
- * next access costs is not in the figures: it has to fault the memory in either way.
+ * Conversions of memory that the guest has written and mapped.  The figures do not
+ * include the next access of the guest, which faults in either case.
  */
 #define CONVERT_SIZE	((u64)SZ_1G)
 
 struct backings {
 	struct demo_vm d;
-	char *mem;		/* what is shared, as the host sees it */
-	int shmem_fd;		/* the other backing, or -1: conversion in place */
+	char *mem;		/* mapping of shared memory on the host */
+	int shmem_fd;		/* the second backing, or -1 for in-place conversion */
 };
 
 static void to_shared(struct backings *b, u64 offset, u64 size)
@@ -95,7 +95,7 @@ static void to_shared(struct backings *b, u64 offset, u64 size)
 			    "Can't convert to shared: %s", strerror(errno));
 		return;
 	}
-	/* Memory that is not what the range is now is given back, or there are two. */
+	/* Free the memory of the other kind, or the range has two backings. */
 	vm_mem_set_shared(b->d.vm, GMEM_GPA + offset, size);
 	kvm_fallocate(b->d.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size);
 }
@@ -113,7 +113,7 @@ static void to_private(struct backings *b, u64 offset, u64 size)
 	kvm_fallocate(b->d.fd, FALLOC_FL_KEEP_SIZE, offset, size);
 }
 
-/* The memory of what has become shared: in place it is there. */
+/* Allocate memory for a range that became shared; in place it exists already. */
 static void get_shared(struct backings *b, u64 offset, u64 size)
 {
 	if (b->shmem_fd >= 0)
@@ -128,7 +128,7 @@ static void touch_shared(struct backings *b, u64 offset, u64 size)
 		*(volatile char *)(b->mem + offset) = 1;
 }
 
-/* @nr times there and back, @stride apart; @use is what is done while it is shared. */
+/* Convert @nr ranges, @stride apart, to shared and back; @use is called in between. */
 static void bench_use(struct backings *b, const char *which, const char *what, u64 start,
 		      u64 size, u64 stride, int nr,
 		      void (*use)(struct backings *b, u64 offset, u64 size))
@@ -160,7 +160,7 @@ static void bench_use(struct backings *b, const char *which, const char *what, u
 	print(name, private / pages);
 }
 
-/* What the host has mapped nothing of, then what it has written to. */
+/* Convert memory that the host has not mapped, then memory that it has written. */
 static void bench_range(struct backings *b, const char *which, u64 start, u64 size,
 			u64 stride, int nr)
 {
@@ -184,17 +184,17 @@ static void bench_conversions(struct backings *b)
 	free_backings(b);
 }
 
-/* One page of a file of @size with @nr ranges, not allocated: the tree alone. */
+/* Convert an unallocated page of a file with @nr ranges: only the tree changes. */
 static void bench_tree(struct kvm_vm *vm, const char *name, u64 size, long nr)
 {
 	struct backings b = { .shmem_fd = -1 };
-	/* Enough for what comes due once in a thousand times to be shared by all. */
+	/* Enough rounds to average costs that occur once in a thousand rounds. */
 	const long pairs = 4096;
 	long long start;
 	long i;
 
 	b.d.fd = vm_create_guest_memfd(vm, size, 0);
-	/* Two ranges more each time. */
+	/* Each adds two ranges. */
 	for (i = 0; i < nr / 2; i++)
 		to_shared(&b, (2 * i + 1) * SZ_4K, SZ_4K);
 	start = now_ns();
@@ -206,7 +206,7 @@ static void bench_tree(struct kvm_vm *vm, const char *name, u64 size, long nr)
 	close(b.d.fd);
 }
 
-/* A VM all of whose memory is in one file, private. */
+/* Create a VM with all of its memory in one file, private. */
 static void create_in_place(struct backings *b, size_t page_size)
 {
 	b->shmem_fd = -1;
@@ -225,7 +225,7 @@ static void bench_convert(void)
 	create_in_place(&b, SZ_4K);
 	bench_conversions(&b);
 
-	/* The largest tree comes last: it is freed later, and nothing shall pay for that. */
+	/* Measure the largest tree last, as freeing it would affect later figures. */
 	b.d.vm = gmem_vm_create(1, &b.d.vcpu);
 	bench_tree(b.d.vm, "tree_1g_1", SZ_1G, 1);
 	bench_tree(b.d.vm, "tree_64g_1", 64ull * SZ_1G, 1);
@@ -250,7 +250,7 @@ static void bench_convert_two_backings(void)
 	bench_conversions(&b);
 }
 
-/* The first 4 KiB of a 1 GiB page that become shared, and the last that cease to be. */
+/* Share the first 4 KiB of a 1 GiB page, and make the last shared 4 KiB private. */
 static void bench_first(struct backings *b)
 {
 	const u64 offset = CONVERT_SIZE / 2;
@@ -269,7 +269,7 @@ static void bench_first(struct backings *b)
 	print("merge_memmap_kib", (memmap() - before) * (SZ_4K / SZ_1K));
 }
 
-/* Down to 4 KiB in every part: one page of each 2 MiB becomes shared. */
+/* Split all parts: share one page of each 2 MiB. */
 static void bench_comb(struct backings *b)
 {
 	long long start = now_ns();
@@ -281,7 +281,7 @@ static void bench_comb(struct backings *b)
 	to_private(b, 0, CONVERT_SIZE);
 }
 
-/* Every other page of some 2 MiB, in each of which one of the others remains shared. */
+/* Convert every other page of some parts that keep another shared page. */
 static void bench_pages(struct backings *b, const char *which)
 {
 	const int nr = 16;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * A VM of the KVM selftests' library with private memory in one guest_memfd
- * file, and what the kernel says of it, for the demo and the benchmark.
+ * A VM of the KVM selftest library with private memory in one guest_memfd file, and
+ * counters of the kernel, for the demo and the benchmark.
  */
 #ifndef DEMO_COMMON_H
 #define DEMO_COMMON_H
@@ -31,7 +31,7 @@ static inline long long now_ns(void)
 	return ts.tv_sec * 1000000000LL + ts.tv_nsec;
 }
 
-/* The memory is at GMEM_GPA and has not been touched. */
+/* Create a VM with untouched memory at GMEM_GPA. */
 static inline void demo_vm_create(struct demo_vm *d, size_t page_size, u64 size)
 {
 	d->vm = gmem_vm_create(1, &d->vcpu);
@@ -45,7 +45,7 @@ static inline void demo_vm_free(struct demo_vm *d)
 	kvm_vm_free(d->vm);
 }
 
-/* The value of a line "name value" or "name: value" of a file. */
+/* Read the value of a line "name value" or "name: value" of a file. */
 static inline long value_of(const char *path, const char *key)
 {
 	size_t len = strlen(key);
@@ -62,7 +62,7 @@ static inline long value_of(const char *path, const char *key)
 	return value;
 }
 
-/* Pages of 4 KiB that hold struct pages. */
+/* Return the number of 4 KiB pages that hold struct pages. */
 static inline long memmap(void)
 {
 	return value_of("/proc/vmstat", "nr_memmap_pages") +

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Shows, on a patched kernel with kvm.gmem_in_place_conversion=1, a guest that
- * shares one page of its private memory with the host and takes it back.  Checks
- * what it shows and ends with 1 if any of it is not so.
+ * Show, on a patched kernel with kvm.gmem_in_place_conversion=1, a guest that shares
+ * one page of its private memory with the host and makes it private again.  Check all
+ * results, and exit with 1 if one differs from the expected one.
  */
 #include <setjmp.h>
 #include <signal.h>
@@ -11,9 +11,9 @@
 #include "common.h"
 
 #define VM_SIZE		SZ_16M
-#define NEIGHBOUR	0x11ull		/* what the guest writes to a page */
+#define NEIGHBOUR	0x11ull		/* written by the guest */
 #define QUESTION	0x22ull
-#define ANSWER		0x33ull		/* what the host writes to it */
+#define ANSWER		0x33ull		/* written by the host */
 
 static struct demo_vm vm;
 static char *mem;
@@ -26,7 +26,7 @@ static void sigbus(int sig)
 	siglongjmp(no_access, 1);
 }
 
-/* The host reads a page of the guest's.  It shall find @value, or nothing: 0. */
+/* Read a page of the guest on the host.  Expect @value, or no access if it is 0. */
 static void host_reads(int page, u64 value)
 {
 	volatile u64 *word = (u64 *)(mem + page * SZ_4K);

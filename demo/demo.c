@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Shows, on a patched kernel, a VM whose private memory is HugeTLB pages: what
- * happens to the pool, and what the guest's memory costs, beside the same VM on
- * base pages.  Checks what it shows and ends with 1 if any of it is not so.
+ * Show, on a patched kernel, a VM with private memory on HugeTLB pages: the counters of
+ * the pool, and the cost of the guest memory compared with the same VM on base pages.
+ * Check all results, and exit with 1 if one differs from the expected one.
  */
 #include "common.h"
 
@@ -21,12 +21,12 @@ static void check(bool ok, const char *what)
 	}
 }
 
-/* KiB of page tables that translate for guests. */
+/* Return the KiB of page tables of guests. */
 static long guest_tables(void)
 {
 	FILE *f = fopen("/proc/sys/vm/stat_refresh", "r");
 
-	/* Reading it adds up what each CPU still keeps for itself. */
+	/* Reading it flushes the per-CPU counters. */
 	TEST_ASSERT(f, "Can't open /proc/sys/vm/stat_refresh");
 	fgetc(f);
 	fclose(f);
@@ -34,8 +34,8 @@ static long guest_tables(void)
 }
 
 /*
- * KiB of struct pages that a 1 GiB page holds while it is in the pool: take one
- * out of the pool, and see by how much they grow.
+ * Return the KiB of struct pages of a 1 GiB page in the pool: remove one page from the
+ * pool, and measure the increase.
  */
 static long pool_page_memmap(void)
 {
@@ -65,7 +65,7 @@ struct cost {
 	u64 pages_4k, pages_2m, pages_1g;
 };
 
-/* The guest does it to all of its memory, visibly. */
+/* Run @op in the guest on all of its memory, and print the progress. */
 static void guest_does(struct demo_vm *d, enum gmem_op op, const char *what)
 {
 	u64 done;
@@ -80,7 +80,7 @@ static void guest_does(struct demo_vm *d, enum gmem_op op, const char *what)
 	}
 }
 
-/* Real guest code writes a word to every 4 KiB page, then finds all of them. */
+/* Guest code writes a word to every 4 KiB page, then checks all of them. */
 static void touch_all(struct demo_vm *d, struct cost *c)
 {
 	long before = vcpu_get_stat(d->vcpu, pf_fixed);
@@ -129,7 +129,7 @@ int main(void)
 		return 1;
 	}
 
-	/* The third page is for this measurement alone. */
+	/* The third page is only for this measurement. */
 	huge.memmap_kb = VM_SIZE / SZ_1G * pool_page_memmap();
 	base.memmap_kb = VM_SIZE / SZ_4K * STRUCT_PAGE / SZ_1K;
 	nr--;

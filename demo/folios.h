@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * A picture of a 1 GiB page of a guest_memfd file, a sign for each 2 MiB, from the
- * list of folios that test hooks of the patched kernel show in debugfs.
+ * Draw a map of a 1 GiB page of a guest_memfd file, one character for each 2 MiB, from
+ * the list of folios that the test hooks of the patched kernel provide in debugfs.
  */
 #ifndef DEMO_FOLIOS_H
 #define DEMO_FOLIOS_H
@@ -27,7 +27,7 @@ static inline void print_legend(void)
 	printf("    %c  512 pages of 4 KiB\n", PIECES);
 }
 
-/* What a folio of @order at @index of the page means for the map. */
+/* Add a folio of @order at @index of the page to the map. */
 static inline void draw_folio(char *map, long index, long order)
 {
 	if (order == 18)
@@ -37,9 +37,9 @@ static inline void draw_folio(char *map, long index, long order)
 }
 
 /*
- * The folios that the kernel has for the 1 GiB page number @page of the file, and
- * how many of them; -1 if there is no such list.  It has the whole file for each
- * memslot, of which one will do.
+ * Read the folios of the 1 GiB page number @page of the file.  Return their number, or
+ * -1 if there is no list.  The list has the whole file for each memslot; use the first
+ * memslot only.
  */
 static inline long read_folios(const char *path, long page, char *map)
 {

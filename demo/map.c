@@ -2,8 +2,8 @@
 /*
  * usage: map PAGE [WANTED] | map legend
  *
- * Draws the 1 GiB page number PAGE of the one guest_memfd file that is there.  Ends
- * with 1 if it is not WANTED: "whole", or the number of parts of 2 MiB in pieces.
+ * Draw the 1 GiB page number PAGE of the only guest_memfd file.  Exit with 1 if it is
+ * not WANTED: "whole", or the number of parts of 2 MiB that are split.
  */
 #include <glob.h>
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Shows, on a patched kernel with kvm.gmem_in_place_conversion=1, what becomes of a
- * 1 GiB page when the guest shares 4 KiB of it with the host and takes them back.
- * Checks what it shows and ends with 1 if any of it is not so.
+ * Show, on a patched kernel with kvm.gmem_in_place_conversion=1, the folios of a 1 GiB
+ * page while the guest shares 4 KiB of it with the host and makes them private again.
+ * Check all results, and exit with 1 if one differs from the expected one.
  */
 #include <setjmp.h>
 #include <signal.h>
@@ -11,13 +11,13 @@
 #include "folios.h"
 
 #define VM_SIZE		((u64)SZ_1G)
-#define SHARED_PAGE	((u64)SZ_1G / 3 / SZ_4K * SZ_4K)	/* somewhere in the midst */
+#define SHARED_PAGE	((u64)SZ_1G / 3 / SZ_4K * SZ_4K)	/* an arbitrary page */
 #define PATTERN		0x5eed000000000000ull
-#define ANSWER		0x33ull		/* what the host writes to the page */
+#define ANSWER		0x33ull		/* written by the host */
 
 static struct demo_vm vm;
 static char *mem;
-static long pages_4k_before;		/* mappings of what is not the guest's memory */
+static long pages_4k_before;		/* mappings of other memory */
 static long memmap_before;
 static int wrong;
 
@@ -36,7 +36,7 @@ static void check(bool ok, const char *what)
 	}
 }
 
-/* @whole: it is one page; otherwise the part with the shared page is in pieces. */
+/* Expect one page if @whole, else that the part with the shared page is split. */
 static void show_map(bool whole)
 {
 	char map[NR_PARTS], path[128];

@@ -1,29 +1,28 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash
-# shellcheck disable=SC2034  # most of the variables are for those who source it
+# shellcheck disable=SC2034  # most variables are used by the scripts that source it
 #
-# Shared by every script here (". lib.sh"): where things live, how builds are
-# made repeatable and cached, how to speak to a person.
+# Shared by all scripts (". lib.sh"): paths, reproducible and cached builds, messages.
 
 set -euo pipefail
 export LC_ALL=C
 umask 022
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-build=$top/build			# everything made from this checkout
-linux=$build/linux			# git tree: tag "base", then a commit a patch
+build=$top/build			# all files built from this checkout
+linux=$build/linux			# git tree: tag "base", then a commit per patch
 qemu_tree=$build/qemu		# the same for QEMU
-# What is worth keeping between checkouts: the download, ccache, results.
+# Shared between checkouts: downloads, ccache, results.
 cache=${GMEM_CACHE:-${XDG_CACHE_HOME:-${HOME:-$build}/.cache}/gmem-hugetlb}
 [[ $cache == /* ]] || cache=$PWD/$cache
 jobs=${JOBS:-$(nproc)}
 
-# Files that the kernel's series adds lie below these, whole; nothing else does.
+# The directories of the files that the kernel series adds, and of no other files.
 intree_dirs="Documentation arch drivers fs include kernel lib mm tools virt"
 
-# of_series kernel | qemu: the series that everything below is about.  Sets where
-# its patches, its git tree and its base are, how the targets of make for it begin,
-# and reads what it applies to (base_package, base_version, ...).
+# of_series kernel | qemu: select the series for the functions below.  Set the paths of
+# its patches, git tree and base and the prefix of its make targets, and read the
+# description of its base (base_package, base_version, ...).
 of_series()
 {
 	case $1 in
@@ -38,28 +37,28 @@ of_series()
 	esac
 	patches=$top/patches/$series_version	# the source of truth
 	base_repo=$cache/${series_tree##*/}-base.git	# the bases, made by scripts/fetch
-	base_note=$build/${prefix}base-commit	# the one of this checkout
+	base_note=$build/${prefix}base-commit	# the base of this checkout
 }
 of_series kernel
 
-# The identity of every commit and patch.
+# The author of all commits and patches.
 series_name=gmem-hugetlb
 series_email=series@gmem-hugetlb.invalid
 
-# ccache hits across trees and checkouts because the source directory is always
-# called "linux" and the O= directories lie beside it: relative to their parent
-# (CCACHE_BASEDIR, set by kmake) all trees look alike.
+# ccache hits across trees and checkouts: the source directory is always called "linux"
+# and the O= directories are next to it, so all paths relative to their parent
+# (CCACHE_BASEDIR, set by kmake) are the same.
 export CCACHE_DIR=$cache/ccache CCACHE_NOHASHDIR=1 CCACHE_MAXSIZE=${CCACHE_MAXSIZE:-10G}
-# The same sources give the same kernel.
+# Reproducible builds.
 export KBUILD_BUILD_TIMESTAMP=2026-01-01 KBUILD_BUILD_VERSION=1
 export KBUILD_BUILD_USER=gmem KBUILD_BUILD_HOST=hugetlb LOCALVERSION=
-# Set by an outer make, these would change what the kernel's own make does.
+# An outer make can set these, which would affect the kernel's make.
 unset MAKEFLAGS MFLAGS MAKELEVEL MAKEOVERRIDES ARCH CROSS_COMPILE O KCFLAGS
 
-# say TEXT...: progress, for a person, one argument a line (stdout is for results)
+# say TEXT...: print progress to stderr, one argument per line (stdout is for results)
 say() { printf '%s\n' "$@" >&2; }
 
-# die TEXT...: an error, one argument a line
+# die TEXT...: print an error, one argument per line, and exit
 die()
 {
 	printf '%s: error: %s\n' "${0##*/}" "$1" >&2
@@ -68,7 +67,7 @@ die()
 	exit 1
 }
 
-# need PROGRAM...: stop, with what to do, if one of them is not installed
+# need PROGRAM...: exit with advice if one of them is not installed
 need()
 {
 	local p missing=()
@@ -82,8 +81,7 @@ need()
 # help: print the comment at the head of the calling script
 help() { sed -n '2{/SPDX/d}; 3,/^[^#]/{/^#/!q; s/^# \{0,1\}//; p}' "$0" | sed '/./,$!d'; }
 
-# lock NAME [DIR]: wait for, then hold until exit, a lock in DIR (the cache: for
-# all checkouts)
+# lock NAME [DIR]: take a lock in DIR until exit (default: the cache, for all checkouts)
 lock()
 {
 	local dir=${2:-$cache}
@@ -93,18 +91,18 @@ lock()
 	flock -n "$lock_fd" || { say "waiting for another $1 to finish"; flock "$lock_fd"; }
 }
 
-# elapsed: seconds since the script started, for a person
+# elapsed: print the time since the script started
 elapsed() { printf '%dm%02ds' $((SECONDS / 60)) $((SECONDS % 60)); }
 
-# kgit ARGS...: git on a kernel tree, deaf to the settings of who runs it
+# kgit ARGS...: run git on a kernel tree, without the configuration of the user
 kgit()
 {
 	GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_NOSYSTEM=1 \
 		git -c core.autocrlf=false -c gc.auto=0 -c advice.detachedHead=false "$@"
 }
 
-# place "" | --base: sets src and out_root to the patched or the unpatched tree
-# and to the directory its O= directories lie in
+# place "" | --base: set src to the patched or the unpatched tree, and out_root to the
+# parent of its O= directories
 place()
 {
 	out_root=$build
@@ -112,8 +110,8 @@ place()
 	src=$out_root/linux
 }
 
-# kmake SRC OUT ARGS...: the kernel's make, for KARCH with the cross compiler
-# CROSS if these are set
+# kmake SRC OUT ARGS...: run the kernel's make, for KARCH with the cross compiler CROSS
+# if these are set
 kmake()
 {
 	local src=$1 out=$2
@@ -124,9 +122,9 @@ kmake()
 		${KARCH:+ARCH="$KARCH"} CROSS_COMPILE="${CROSS:-}" CC="ccache ${CROSS:-}gcc" "$@" </dev/null
 }
 
-# kselftest SRC OUT DIR HEADERS TARGET...: static selftests of
-# tools/testing/selftests/DIR into OUT/DIR, with what "make headers" left in
-# HEADERS; without a target all of them (a TARGET may also be VARIABLE=value)
+# kselftest SRC OUT DIR HEADERS TARGET...: build static selftests of
+# tools/testing/selftests/DIR in OUT/DIR, with the result of "make headers" in HEADERS.
+# Without TARGET build all of them; a TARGET can also be VARIABLE=value.
 kselftest()
 {
 	local src=$1 out=$2 dir=$3 headers=$4
@@ -138,8 +136,8 @@ kselftest()
 		KHDR_INCLUDES="-isystem $headers/usr/include" "$@"
 }
 
-# kconfig SRC OUT FRAGMENT...: a configuration of fragments on tinyconfig (or
-# what KCONFIG_FROM= names); fails with a list if a request did not land
+# kconfig SRC OUT FRAGMENT...: configure with fragments on top of tinyconfig (or the
+# target in KCONFIG_FROM=); fail with a list if an option is not in the result
 kconfig()
 {
 	local src=$1 out=$2
@@ -151,8 +149,8 @@ kconfig()
 	kconfig_landed "$out/.config" "$@"
 }
 
-# own_options TREE: the lines of configs/own.config, options that the series
-# brings, that this git tree knows already
+# own_options TREE: print the lines of configs/own.config, which has the options that
+# the series adds, that are known in this git tree
 own_options()
 {
 	local line option
@@ -163,8 +161,8 @@ own_options()
 	done < <(grep '^CONFIG_' "$top/configs/own.config")
 }
 
-# kconfig_landed CONFIG FRAGMENT...: is every requested line in CONFIG?  Of
-# several requests for one option the last counts.
+# kconfig_landed CONFIG FRAGMENT...: check that all requested options are in CONFIG.
+# The last request for an option counts.
 kconfig_landed()
 {
 	local config=$1
@@ -191,7 +189,7 @@ kconfig_landed()
 
 # ---- the base and the series
 
-# base_commit: the commit that the series applies to, as scripts/fetch noted it
+# base_commit: print the commit that the series applies to, recorded by scripts/fetch
 base_commit()
 {
 	local commit tree
@@ -201,11 +199,11 @@ base_commit()
 	echo "$commit"
 }
 
-# series: the names of the patches, in order
+# series: print the names of the patches, in order
 series() { sed 's/#.*//; s/[ \t]*$//; /^$/d' "$patches/series"; }
 
-# touched: "blob path" for each file that the series changes, with the blob that
-# it finds on the base (all zeroes: the series adds the file)
+# touched: print "blob path" for each file that the series changes, with its blob in
+# the base (all zeroes: the series adds the file)
 touched()
 {
 	# shellcheck disable=SC2016  # $4 is for awk
@@ -214,9 +212,9 @@ touched()
 		/^index / && !(path in seen) { seen[path]; split($2, id, /\.\./); print id[1], path }'
 }
 
-# scratch DIR: a throw-away git tree at the base.  It borrows the objects of the
-# cache and checks out only what the series touches, so it is made in a second
-# (and .gitattributes, which tell diff how to find the names of C functions).
+# scratch DIR: create a temporary git tree at the base.  It uses the objects of the
+# cache and checks out only the files that the series touches, which takes a second
+# (and .gitattributes, for function names in hunk headers).
 scratch()
 {
 	local dir=$1
@@ -231,8 +229,8 @@ scratch()
 	kgit -C "$dir" reset -q --hard
 }
 
-# identify DIR: commits in this git tree are the series' own.  Debian's .gitignore
-# hides every new file at the top level and below: here it must not.
+# identify DIR: make the series the author of commits in this git tree.  Disable the
+# rules of Debian's .gitignore that hide all new files.
 identify()
 {
 	if grep -qxF '/*' "$1/.gitignore" 2>/dev/null; then
@@ -243,9 +241,9 @@ identify()
 	kgit -C "$1" config user.email "$series_email"
 }
 
-# move TREE COMMIT OUT...: reset TREE to COMMIT.  Files that stay the same keep
-# their dates, so that what is built stays built; but kbuild does not notice that
-# a file has gone: remove what was built of it in these O= directories.
+# move TREE COMMIT OUT...: reset TREE to COMMIT.  Unchanged files keep their dates, so
+# that they are not built again.  kbuild does not detect removed files: remove their
+# objects in these O= directories.
 move()
 {
 	local tree=$1 to=$2 gone cmd object
@@ -261,8 +259,8 @@ move()
 		done
 }
 
-# apply DIR: the series on top of the git tree at DIR, exactly: git am without
-# fuzz and without three-way merge, each commit id a function of the patches
+# apply DIR: apply the series to the git tree at DIR with git am, without fuzz and
+# without three-way merge; the commit ids depend on the patches only
 apply()
 {
 	series | sed "s|^|$patches/|" | xargs -r env \
@@ -272,7 +270,8 @@ apply()
 			--committer-date-is-author-date >&2
 }
 
-# series_commit: the commit in the series' tree that the patches make of the base
+# series_commit: print the commit of the series in its git tree, after applying the
+# patches if necessary
 series_commit()
 {
 	local id dir=$build/scratch.$$
@@ -286,13 +285,14 @@ series_commit()
 	kgit -C "$series_tree" rev-parse "refs/series/$id"
 }
 
-# content COMMIT: a name for all that an export of base..COMMIT would hold
+# content COMMIT: print a hash of the export of base..COMMIT
 content()
 {
 	kgit -C "$series_tree" log --reverse --format='%T%n%an <%ae> %ad%n%B' "base..$1" | sha256sum
 }
 
-# unexported: why the series' tree holds work that is not in patches/, if it does
+# unexported: succeed if the tree of the series has work that is not in patches/, and
+# print the reason
 unexported()
 {
 	local git=$series_tree/.git ref head
@@ -305,7 +305,7 @@ unexported()
 	elif [ "$(kgit -C "$series_tree" symbolic-ref -q HEAD)" != refs/heads/main ]; then
 		echo "its HEAD is not the branch main"
 	else
-		# What was ever applied or exported is no work to lose.
+		# Commits that were applied or exported before are not lost.
 		head=$(content HEAD)
 		for ref in base $(kgit -C "$series_tree" for-each-ref --format='%(refname)' refs/series); do
 			[ "$(content "$ref")" != "$head" ] || return 1
@@ -316,7 +316,7 @@ unexported()
 
 # ---- results
 
-# pass NAME, fail NAME [FILE]: one result, on stdout; FILE holds what went wrong
+# pass NAME, fail NAME [FILE]: print one result; FILE has the details of a failure
 passed=0 failed=0
 pass() { passed=$((passed + 1)); printf 'ok    %s\n' "$1"; }
 fail()
@@ -326,15 +326,15 @@ fail()
 	[ -z "${2:-}" ] || sed 's/^/      /' "$2" | head -n 60
 }
 
-# summary: the last line, and the exit status
+# summary: print the last line, return the exit status
 summary()
 {
 	printf '%d passed, %d failed\n' "$passed" "$failed"
 	[ "$failed" -eq 0 ]
 }
 
-# same_bytes WORK: do the patches apply to the base, export to the same bytes again,
-# and make the commits of the series' tree?  WORK is for what that takes.
+# same_bytes WORK: check that the patches apply to the base, export to the same bytes
+# again, and match the commits in the tree of the series.  WORK is for temporary files.
 same_bytes()
 {
 	local work=$1 ours=$1/ours dir why
@@ -361,7 +361,7 @@ same_bytes()
 	fi
 }
 
-# checkpatch_each WORK COMMAND...: run on each patch, it must be content
+# checkpatch_each WORK COMMAND...: run COMMAND on each patch; it must succeed
 checkpatch_each()
 {
 	local log=$1/log patch id
@@ -378,9 +378,9 @@ checkpatch_each()
 	done
 }
 
-# A result is remembered in the cache under a hash of all that it depends on:
-# "key" hashes its arguments, stdin and the tools; "known KEY" asks, "remember
-# KEY" notes success, and failures are never remembered.
+# A result is stored in the cache under a hash of its inputs.  "key" hashes its
+# arguments, stdin and the tools, "known KEY" looks a result up, "remember KEY" stores
+# success.  Failures are not stored.
 key()
 {
 	{
@@ -394,8 +394,8 @@ key()
 known() { [ -z "${AGAIN:-}" ] && [ -e "$cache/results/$1" ]; }
 remember() { mkdir -p "$cache/results" && : >"$cache/results/$1"; }
 
-# demo_program NAME: builds demo/NAME.c with the KVM selftests' library of the
-# series, and prints where it is
+# demo_program NAME: build demo/NAME.c with the library of the KVM selftests of the
+# series, and print its path
 demo_program()
 {
 	local out=$build/demo kvm=$linux/tools/testing/selftests/kvm lib=$build/selftests/kvm/lib

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * PID 1 of a virtual machine that lives for one command.
+ * PID 1 of a virtual machine that runs one command.
  *
- * scripts/run puts this program, the command and a job description (/job) into
- * an initramfs and boots it.  What the command prints goes to the host through
- * one virtio port, what is known about the command through a second one, the
- * verdict; the kernel's log has the serial line to itself.  Each line of the
- * verdict starts with a secret of this boot which the command cannot know, and
- * only its last line, "end", makes it complete: whatever dies on the way,
- * leaves the host without proof.
+ * scripts/run boots an initramfs with this program, the command and a job
+ * description (/job).  The output of the command goes to the host through one
+ * virtio port, and its result, the verdict, through a second one.  Only the
+ * kernel log uses the serial line.  Each line of the verdict starts with a
+ * secret of this boot that the command cannot know, and the verdict is complete
+ * only with its last line, "end".  If any program dies before, the host has no
+ * complete verdict.
  *
- * With "check" in the job the machine is also compared with what it was before
- * the command ran: huge page pools, cgroup charges, memory that cannot be
- * reclaimed, processes and cgroups left behind, and on a kernel that has
- * kmemleak, memory lost.
+ * With "check" in the job, also compare the state of the machine before and
+ * after the command: huge page pools, cgroup charges, memory that cannot be
+ * reclaimed, remaining processes and cgroups, and, if the kernel has kmemleak,
+ * leaked memory.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -48,7 +48,7 @@
 #define PAGE_OWNER	"/sys/kernel/debug/page_owner"
 #define KMEMLEAK	"/sys/kernel/debug/kmemleak"
 
-/* mm/kmemleak.c does not report what is younger than this */
+/* mm/kmemleak.c does not report objects younger than this */
 #define KMEMLEAK_AGE_MS	5000
 
 static struct {
@@ -57,7 +57,7 @@ static struct {
 	char *argv[256];
 	int argc;
 	bool check;		/* compare the machine before and after */
-	bool shell;		/* a person is at the other end of /dev/hvc0 */
+	bool shell;		/* interactive, on /dev/hvc0 */
 	unsigned int timeout;	/* seconds; 0: none */
 	unsigned int settle;	/* seconds that deferred frees may take */
 } job = { .cwd = "/", .settle = 10 };
@@ -69,7 +69,7 @@ static void __attribute__((noreturn)) power_off(void)
 	sync();
 	reboot(RB_POWER_OFF);
 	pause();
-	_exit(1);	/* panics, which ends the machine as well */
+	_exit(1);	/* panics, which also ends the machine */
 }
 
 static void __attribute__((format(printf, 1, 2))) verdict(const char *fmt, ...)
@@ -182,7 +182,7 @@ static void mount_all(void)
 
 	for (i = 0; i < ARRAY_SIZE(mounts); i++) {
 		mkdir(mounts[i].dir, 0755);
-		/* Whatever this kernel does not have, a test will miss. */
+		/* Ignore a missing file system: a test that needs it fails. */
 		if (mount(mounts[i].type, mounts[i].dir, mounts[i].type, 0,
 			  mounts[i].options) && errno != ENODEV && errno != EBUSY)
 			fprintf(stderr, "init: %s: %s\n", mounts[i].dir,
@@ -198,7 +198,7 @@ static void mount_all(void)
 	mkdir(TEST_CGROUP, 0755);
 }
 
-/* What is compared.  Everything here is back where it was, or something leaks. */
+/* The counters to compare.  A difference is a leak. */
 
 struct counter {
 	char *name;
@@ -352,10 +352,10 @@ static unsigned int compare(const struct snapshot *before,
 }
 
 /*
- * Slab objects that are freed from an interrupt may stay charged as bytes that
- * the cgroup has in hand (nr_charged_bytes in mm/memcontrol.c), megabytes of
- * them after the end of a large file.  They are given back when the stock of a
- * CPU is filled again: empty the stocks, and have each CPU fill its own.
+ * Slab objects that are freed from an interrupt can stay charged as bytes in
+ * the cgroup's account (nr_charged_bytes in mm/memcontrol.c), megabytes after a
+ * large file is freed.  They are uncharged when a CPU refills its stock: drain
+ * the stocks, and make each CPU refill its own.
  */
 static void give_back_charges(void)
 {
@@ -380,7 +380,7 @@ static void give_back_charges(void)
 		waitpid(pid, NULL, 0);
 }
 
-/* For whoever has to find out what is still charged. */
+/* Report the remaining charges by type. */
 static void report_charges(void)
 {
 	FILE *f = fopen(TEST_CGROUP "/memory.stat", "re");
@@ -396,8 +396,8 @@ static void report_charges(void)
 }
 
 /*
- * Who has allocated the pages that are charged?  Each read() of the file is one
- * page; those with the same stack are one line of the report.
+ * Report the stacks that allocated the charged pages.  Each read() of the file
+ * returns one page; pages with the same stack are one entry of the report.
  */
 static void report_owners(void)
 {
@@ -437,7 +437,7 @@ static void report_owners(void)
 	}
 }
 
-/* Frees may be deferred (RCU, workers, per-CPU lists): wait until it is so. */
+/* Frees can be deferred (RCU, workers, per-CPU lists): wait for them. */
 static void check_counters(const struct snapshot *before)
 {
 	long long end = now_ms() + job.settle * 1000;
@@ -498,7 +498,7 @@ static void report_left_behind(void)
 		closedir(proc);
 }
 
-/* The command has ended; so must everything it has started. */
+/* Wait for the processes that the command started, or report them. */
 static void check_descendants(void)
 {
 	long long end = now_ms() + job.settle * 1000;
@@ -523,8 +523,8 @@ static void check_kmemleak(long long ended)
 	if (access(KMEMLEAK, W_OK))
 		return;
 	/*
-	 * What a scan sees for the first time counts as modified and is left
-	 * out: only the second one can report what the command has lost.
+	 * The first scan of an object treats it as modified and does not report
+	 * it.  Only the second scan can report leaks of the command.
 	 */
 	if (!put(KMEMLEAK, "scan"))
 		die(KMEMLEAK);
@@ -566,7 +566,7 @@ static void __attribute__((noreturn)) exec_command(void)
 	_exit(127);
 }
 
-/* Where does it hang?  The kernel's log tells. */
+/* Write blocked tasks, backtraces and memory to the kernel log. */
 static void report_timeout(void)
 {
 	put("/proc/sysrq-trigger", "w");
@@ -575,7 +575,7 @@ static void report_timeout(void)
 	verdict("timeout %u", job.timeout);
 }
 
-/* The parameters of modules are on the kernel's command line. */
+/* Module parameters are on the kernel command line. */
 static void load_modules(void)
 {
 	if (!access("/lib/modules", F_OK) && system("modprobe kvm_amd"))
@@ -608,7 +608,7 @@ static void run_command(void)
 			power_off();
 		}
 		if (sigtimedwait(&set, NULL, &ts) == SIGCHLD) {
-			/* Reap the orphans, but leave the command to be found. */
+			/* Reap orphans, but not the command itself. */
 			siginfo_t info;
 
 			while (info.si_pid = 0,

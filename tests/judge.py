@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0
-"""Test how scripts/test judges what a virtual machine has left, without one.
+"""Test how scripts/test judges the output of a virtual machine, without running one.
 
-The tests of the harness in tests/list show that a machine says what has happened;
-these show that nothing it may say, or leave out, is taken for a pass.
+The tests of the harness in tests/list show that a machine reports errors.  These tests
+show that no wrong or missing report is accepted as a pass.
 """
 import importlib.machinery
 import importlib.util
@@ -25,7 +25,7 @@ VERDICT = ["begin 7.3.4 #1", "exit 0", "end"]
 CONSOLE = ["reboot: Power down"]
 TAP = ["TAP version 13", "1..2", "ok 1 one", "ok 2 two"]
 
-# A line that each pattern of tests/splats is there for, in that order.
+# A matching line for each pattern of tests/splats, in the same order.
 SPLATS = [
     "BUG: unable to handle page fault for address: ffff888000000000",
     "kernel: BUG at mm/hugetlb.c:1!",

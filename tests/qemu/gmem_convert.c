@@ -1,25 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * In the guest: memory that the VMM is asked to convert between private and
- * shared, over and over.
+ * Guest module that makes the VMM convert memory between private and shared.
  *
- * The module takes memory in contiguous chunks, as large as it can get them, or
- * what the kernel was told to leave alone, makes all of it private, and from then on
+ * The module allocates memory in contiguous chunks, as large as possible, or uses
+ * memory that the kernel was told not to use.  It makes all of it private, then
  *
- * - with seconds=N, has threads convert ranges of random size and place for N
- *   seconds, shares everything again, frees it and says how it went.  insmod
- *   returns after that, with an error if something was not as it should be.
- * - without, converts what is written to its parameter "command".  Everything
- *   is shared again and freed when the module is unloaded.
+ * - with seconds=N, threads convert random ranges for N seconds.  The module then
+ *   shares and frees the memory and prints the result.  insmod returns after that,
+ *   with an error if a check failed.
+ * - without it, the module converts ranges that are written to its parameter
+ *   "command".  Unloading it shares and frees the memory.
  *
- * Each page is filled with a pattern of its own, and that is checked after each
- * conversion, in both directions: conversion in place keeps the contents.  With
- * check_contents=0, for a VMM with two backings, it is checked before instead,
- * and written afresh after.
+ * Each page has a pattern of its own, which is checked after each conversion, in
+ * both directions: in-place conversion preserves the contents.  With
+ * check_contents=0, for a VMM with two backings, the pattern is checked before a
+ * conversion and written again after it.
  *
- * Threads have parts of their own of every chunk.  These meet within a page of the
- * host, so that it is converted by two at once, and no thread has to know in what
- * state another has left a page.
+ * Each thread has its own part of each chunk, so it does not depend on the state of
+ * pages of other threads.  The parts meet within a page of the host, so that two
+ * threads convert ranges of the same page.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
@@ -38,7 +37,7 @@
 #define MAX_CHUNKS	64
 #define MAX_THREADS	8
 #define SMALLEST_CHUNK	(SZ_2M / PAGE_SIZE)
-/* A page that is in use by the host for so long is not going to be let go. */
+/* Fail if the host uses a page for longer than this. */
 #define RETRY_SECONDS	20
 #define ERRORS_TOLD	10
 
@@ -134,7 +133,7 @@ static void check(const struct chunk *c, unsigned long start, unsigned long nr, 
 	}
 }
 
-/* Retries for as long as the VMM says that memory is in use. */
+/* Retry while the VMM reports that memory is in use. */
 static int convert(struct worker *worker, const struct chunk *c, unsigned long start,
 		   unsigned long nr, bool private)
 {
@@ -181,8 +180,8 @@ static int convert_and_check(struct worker *worker, const struct chunk *c, unsig
 }
 
 /*
- * Each order of magnitude is as likely as another.  A quarter of the ranges are
- * aligned to their size, as the host's pages and their parts are.
+ * Each order of magnitude is equally likely.  A quarter of the ranges are aligned to
+ * their size, like the pages of the host and their parts.
  */
 static void pick_range(struct worker *worker, unsigned long size, unsigned long *start,
 		       unsigned long *nr)
@@ -228,7 +227,7 @@ static int convert_all(bool private)
 	return ret;
 }
 
-/* What is still private is lost: the VMM would not find it when it needs it. */
+/* Leak memory that is still private: the VMM could not access it. */
 static void free_memory(void)
 {
 	unsigned long i;
@@ -310,7 +309,7 @@ static void run_threads(void)
 		kthread_stop(workers[i].task);
 }
 
-/* Shares and frees everything, and says what has happened. */
+/* Share and free all memory, and print the result. */
 static int finish(void)
 {
 	unsigned long conversions = 0, converted = 0, retries = 0;
@@ -330,8 +329,8 @@ static int finish(void)
 }
 
 /*
- * "private FIRST NR EVERY": converts NR pages of each EVERY, from page FIRST on, in
- * the order that chunks have; "shared" likewise.  EVERY=0: only once.
+ * "private FIRST NR EVERY": convert NR of each EVERY pages to private, starting at
+ * page FIRST in the order of the chunks; "shared" likewise.  EVERY=0: only once.
  */
 static int set_command(const char *text, const struct kernel_param *param)
 {

@@ -2,29 +2,29 @@
 /*
  * PID 1 of a guest of the emulated machine.
  *
- * It carries out commands, one a line, that come by the serial line; or the one
- * command after "--" on the kernel's command line, and then powers off.  Each
- * command is a process of its own, so that several can run at a time:
+ * Read commands from the serial line, one per line, or run the command after "--" on
+ * the kernel command line and power off.  Each command runs in its own process, so
+ * that several can run at a time:
  *
- *   memory MIB SECONDS	  write to and check so much memory (0: all that there
- *			  is), again for so long (0: once), from each CPU
+ *   memory MIB SECONDS	  write and check this much memory (0: all of it), repeatedly
+ *			  for this long (0: once), on each CPU
  *   convert NAME=VALUE... load the module gmem_convert with these parameters; with
  *			  seconds= the command takes that long
- *   step COMMAND	  a command for the module, see its source
- *   unload		  unload it
- *   disk SECONDS	  write to and check all of /dev/vda, likewise
- *   echo PORT		  return what comes by this port of virtio-serial
- *   net ADDRESS	  return what comes by TCP to port 7 of this address
- *   vapic ADDRESS  have code at this address tell QEMU's kvmvapic that it is the
- *		  device's ROM
- *   free		  say how much memory is free
+ *   step COMMAND	  send a command to the module, see its source
+ *   unload		  unload the module
+ *   disk SECONDS	  write and check all of /dev/vda, likewise
+ *   echo PORT		  echo the input of this port of virtio-serial
+ *   net ADDRESS	  echo the input of TCP port 7 of this address
+ *   vapic ADDRESS  run code at this address that tells QEMU's kvmvapic that it is
+ *		  the ROM of the device
+ *   free		  print the amount of free memory
  *   reboot
  *   poweroff
  *
- * What it says are lines on the console: "guest: ready", "guest: done: COMMAND",
- * "guest: failed: COMMAND: WHY", what the commands have found out, and what the
- * module says.  The kernel does not print the latter itself: its console may hold back
- * a line until there is another.
+ * The output on the console is "guest: ready", "guest: done: COMMAND",
+ * "guest: failed: COMMAND: WHY", the results of commands, and the messages of the
+ * module.  The kernel does not print the latter itself, as its console can delay a
+ * line until the next one.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -61,13 +61,13 @@
 #define DISK_BLOCK	(256UL << 10)
 #define ECHO_PORT	7
 #define MODULE		"gmem_convert"
-/* What a guest keeps for itself when a command wants all memory. */
+/* Memory to leave free if a command uses all memory. */
 #define SPARE_KIB	(48UL << 10)
 
 /* Set in the process of a command. */
 static const char *command;
 
-/* One write() a line: those of several processes are not mixed up. */
+/* Use one write() per line, so that lines of several processes do not mix. */
 static void __attribute__((format(printf, 1, 2))) say(const char *fmt, ...)
 {
 	char line[512];
@@ -192,7 +192,7 @@ static void run_memory(char *args)
 
 /* ---- the module */
 
-/* A process: prints what the module has to say. */
+/* Start a process that prints the messages of the module. */
 static void begin_log(void)
 {
 	struct pollfd log = { .fd = open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC),
@@ -203,7 +203,7 @@ static void begin_log(void)
 	if (fork())
 		return;
 	for (;;) {
-		/* Records are read one at a time: numbers, a semicolon, and the text. */
+		/* Each read() returns one record: numbers, a semicolon, and the text. */
 		while ((n = read(log.fd, record, sizeof(record) - 1)) > 0) {
 			record[n] = '\0';
 			text = strchr(record, ';');
@@ -213,7 +213,7 @@ static void begin_log(void)
 			if (write(STDOUT_FILENO, text, n) != n)
 				_exit(1);
 		}
-		/* The kernel wakes those who wait as late as it prints. */
+		/* The kernel wakes readers as late as it prints. */
 		poll(&log, 1, 100);
 	}
 }
@@ -262,7 +262,7 @@ static void run_disk(char *args)
 	if (!size || size % DISK_BLOCK)
 		fail("the size of /dev/vda is %lu", size);
 	do {
-		/* Not always the same pages, so that some are next to others that convert. */
+		/* Vary the pages, so that some are next to memory that is converted. */
 		buf = mmap(NULL, DISK_BLOCK, PROT_READ | PROT_WRITE,
 			   MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
 		if (buf == MAP_FAILED)
@@ -284,7 +284,7 @@ static void run_disk(char *args)
 	say("disk of %lu MiB written and checked, rounds: %u", size / MIB, round);
 }
 
-/* Returns what comes by @fd until its other end closes it. */
+/* Echo the input of @fd until the other end closes it. */
 static void echo(int fd)
 {
 	static char buf[64 << 10];
@@ -301,7 +301,7 @@ static void echo(int fd)
 		fail_errno("read");
 }
 
-/* The device of a port, by the name that it has on QEMU's command line. */
+/* Find the device of a port by its name on the command line of QEMU. */
 static bool find_port(const char *name, char *path, size_t size)
 {
 	DIR *dir = opendir("/sys/class/virtio-ports");
@@ -375,7 +375,7 @@ static void run_net(char *args)
 
 /* ---- all commands */
 
-/* The device takes the address of the instruction for a physical one. */
+/* The device uses the address of the instruction as a physical one. */
 static void run_vapic(char *args)
 {
 	/* mov $0x7e, %dx; xor %eax, %eax; out %ax, (%dx); ret */
@@ -434,7 +434,7 @@ static const struct {
 
 #define NR_COMMANDS (sizeof(commands) / sizeof(commands[0]))
 
-/* Begins a command in a process of its own. */
+/* Start a command in its own process. */
 static pid_t begin(const char *line)
 {
 	char *args;
@@ -464,7 +464,7 @@ static void __attribute__((noreturn)) serve(void)
 	struct termios tio;
 	char line[256];
 
-	/* Nothing of what comes in is to go out again. */
+	/* Disable the echo of the terminal. */
 	tcgetattr(0, &tio);
 	tio.c_lflag &= ~(ECHO | ECHOE | ECHOK | ECHONL | ISIG);
 	tio.c_lflag |= ICANON;

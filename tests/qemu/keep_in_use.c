@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Another process that has a page of a guest in use, as a device does with I/O that
- * takes its time: the guest_memfd file of a QEMU is taken from it, and a page of it
- * waits in a pipe until standard input ends.
+ * Keep a reference to a page of a guest in another process, like a device with slow
+ * I/O: get the guest_memfd file of a QEMU process, and keep a page of it in a pipe
+ * until the end of standard input.
  *
  *	keep_in_use PID OFFSET
  */
@@ -21,7 +21,7 @@
 
 #define PAGE	4096UL
 
-/* The number in that process of its first file of guest_memfd. */
+/* Find the first file descriptor of the process for a guest_memfd file. */
 static int find_file(int pid)
 {
 	char path[64], to[64];
@@ -75,7 +75,7 @@ int main(int argc, char *argv[])
 	page = (struct iovec){ mem + offset, PAGE };
 	if (vmsplice(pipes[1], &page, 1, 0) != (ssize_t)PAGE)
 		err(1, "vmsplice at %#lx", offset);
-	/* Only the page is to be in use, and only by the pipe. */
+	/* Keep the reference of the pipe only. */
 	munmap(mem, st.st_size);
 	close(fd);
 

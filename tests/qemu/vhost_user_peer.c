@@ -10,20 +10,20 @@
  *		-chardev socket,id=disk,path=/tmp/disk \
  *		-device vhost-user-blk-pci,chardev=disk,num-queues=1
  *
- * With KIND=guest-memfd=on,hugetlb=on,hugetlbsize=2M it shows that memory of a
- * guest that lives in a guest_memfd file, on HugeTLB pages, is shared with any
- * process as that of other files is.  What such a process has to know:
+ * With KIND=guest-memfd=on,hugetlb=on,hugetlbsize=2M the memory of the guest is a
+ * guest_memfd file of HugeTLB pages.  It can be shared with any process, like that
+ * of other files.  Such a process has to consider:
  *
- *  - The file belongs to a KVM VM of QEMU, but mmap() and all else that is done
+ *  - The file belongs to a KVM VM of QEMU, but mmap() and the other operations
  *    here need neither that VM nor /dev/kvm.
- *  - st_blksize is the size of its pages, and a mapping is made of whole ones.
- *  - Memory can be out of reach: it is private, or has a memory error.  Loads
- *    and stores get SIGBUS then, system calls fail with EFAULT.  Addresses are
- *    chosen by the guest, so neither may be the end of the process.
- *  - The mapping keeps the huge pages in use after the VM has gone.
+ *  - st_blksize is the page size, and a mapping consists of whole pages.
+ *  - Memory can be inaccessible, because it is private or has a memory error.
+ *    Loads and stores get SIGBUS then, system calls fail with EFAULT.  The guest
+ *    chooses the addresses, so neither may end the process.
+ *  - The mapping keeps the huge pages in use after the VM is destroyed.
  *
- * The disk starts out as zeros and is kept for as long as the process runs,
- * which ends when QEMU does, and then tells what it has done.
+ * The disk is initially zero and exists as long as the process runs.  The process
+ * ends when QEMU ends, and prints statistics.
  */
 #define _GNU_SOURCE
 #include <err.h>
@@ -188,7 +188,7 @@ static int map_region(const struct region *region, int fd)
 		return -errno;
 	page_size = stat.st_blksize;
 
-	/* A region need not be made of whole pages of the file. */
+	/* A region does not have to consist of whole pages of the file. */
 	if (__builtin_add_overflow(region->offset, region->size, &end) ||
 	    __builtin_add_overflow(end, page_size - 1, &end))
 		return -EINVAL;
@@ -211,7 +211,7 @@ static int map_region(const struct region *region, int fd)
 	return 0;
 }
 
-/* Where the bytes at an address are mapped, if they are all in one region. */
+/* Find the mapping of the bytes at an address, if they are all in one region. */
 static void *memory_at(__u64 addr, __u64 size, bool qemu_addr)
 {
 	const struct region *r;
@@ -231,12 +231,12 @@ static void bus_error(int sig)
 {
 	if (in_guest_memory)
 		siglongjmp(no_access, 1);
-	signal(sig, SIG_DFL);	/* a bug: it is fatal when it comes again */
+	signal(sig, SIG_DFL);	/* a bug: the next signal is fatal */
 }
 
 /* The virtqueue */
 
-/* System calls move the data: what is out of reach is an error of theirs. */
+/* Move data by system calls, which fail if memory is inaccessible. */
 static __u8 transfer(bool write, __u64 sector, const struct iovec *iov, int nr)
 {
 	__u64 bytes = 0;
@@ -262,10 +262,10 @@ static __u8 transfer(bool write, __u64 sector, const struct iovec *iov, int nr)
 }
 
 /*
- * Serve the request that starts with the descriptor @next: a header, data and
- * a status.  Header and status are in descriptors of their own, as Linux and
- * firmware have them.  Returns how many bytes of guest memory can have been
- * written to, or 0 if it is not a request at all.
+ * Serve the request that starts with the descriptor @next: a header, data and a
+ * status.  Header and status are in separate descriptors, as Linux and firmware
+ * have them.  Return the number of bytes of guest memory that can have been
+ * written, or 0 if it is not a valid request.
  */
 static __u32 serve_request(unsigned int next)
 {
@@ -279,7 +279,7 @@ static __u32 serve_request(unsigned int next)
 	do {
 		if (nr == queue.size || next >= queue.size)
 			return 0;
-		/* Once: the guest may change it at any time. */
+		/* Read it once: the guest may change it at any time. */
 		desc = READ_ONCE(queue.desc[next]);
 		iov[nr].iov_base = memory_at(desc.addr, desc.len, false);
 		iov[nr].iov_len = desc.len;
@@ -317,7 +317,7 @@ static void *ring_at(__u64 addr, __u64 size, __u64 align)
 	return addr % align ? NULL : memory_at(addr, size, true);
 }
 
-/* To be done for each kick: there may have been another memory table. */
+/* Called for each kick, as the memory table may have changed. */
 static bool find_rings(void)
 {
 	unsigned int n = queue.size;
@@ -335,8 +335,8 @@ static bool find_rings(void)
 }
 
 /*
- * Serve what is available now.  There is another kick for what comes later, and
- * messages have their turn before.  Returns false if something is no request.
+ * Serve the requests that are available now.  Later requests cause another kick, and
+ * messages are served before it.  Return false if a request is not valid.
  */
 static bool serve_available(void)
 {
@@ -423,8 +423,8 @@ static int replace_fd(int *fd, struct message *msg)
 }
 
 /*
- * Do what a message asks for.  Returns 0 or an error, or 1 if @u is the answer
- * now.  There is only one queue, so messages need not say which they are for.
+ * Handle a message.  Return 0 or an error, or 1 if @u is the answer.  There is only
+ * one queue, so ignore the queue index of messages.
  */
 static int handle(struct message *msg)
 {
@@ -485,7 +485,7 @@ static int handle(struct message *msg)
 	}
 }
 
-/* Returns false if QEMU has gone. */
+/* Return false if QEMU has ended. */
 static bool receive(int conn, struct message *msg)
 {
 	union {
@@ -516,7 +516,7 @@ static bool receive(int conn, struct message *msg)
 	return !size || recv(conn, &msg->u, size, MSG_WAITALL) == (ssize_t)size;
 }
 
-/* Returns false if QEMU has gone. */
+/* Return false if QEMU has ended. */
 static bool serve_message(int conn)
 {
 	struct message msg;
