@@ -159,8 +159,11 @@ static int guestmem_freeze_range(struct guestmem_allocator *gm, struct guestmem_
 		guestmem_store(gm->mapping, i, folio_order(folio), filemap_placeholder());
 		if (!guestmem_freeze(folio, folio_nr_pages(folio)))
 			busy = min(busy, i);
-		if (!(i % SZ_1K))
-			cond_resched();
+		if (i % SZ_1K)
+			continue;
+		if (fatal_signal_pending(current))
+			return -EINTR;
+		cond_resched();
 	}
 
 	for (i = busy; i < end; i += folio_nr_pages(folio)) {

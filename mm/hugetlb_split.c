@@ -286,7 +286,9 @@ void hugetlb_split_commit(struct hugetlb_split *split)
 	split->raw_hwp_list.first = folio->_hugetlb_hwpoison;
 	list_del(&folio->lru);
 	__folio_clear_hugetlb(folio);
-	xa_store(&split->h->split_hugepages, hugetlb_split_index(split), split, GFP_NOWAIT);
+	/* The entry is reserved, so this needs no memory. */
+	WARN_ON_ONCE(xa_is_err(xa_store(&split->h->split_hugepages,
+					hugetlb_split_index(split), split, GFP_NOWAIT)));
 	spin_unlock_irq(&hugetlb_lock);
 
 	/* A private huge page without parts is split into pieces right after this. */

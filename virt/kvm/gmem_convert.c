@@ -9,12 +9,13 @@
  * A conversion changes all of a range, or nothing.  It has three steps:
  *
  * - Prepare: allocate the memory for the change.  If memory becomes private,
- *   unmap it from the host and check that it has no other users.  This can
- *   fail.  Then the only effect is that the host has to fault the memory in
- *   again.
- * - Commit: unmap the range from all guests, notify the architecture, and
- *   change the attributes.  This cannot fail.
- * - Abort: free the memory allocated by prepare.
+ *   unmap it from the host and check that it has no other users.  Last, let the
+ *   allocator freeze the folios that split or merge.  This can fail.  Then the
+ *   only effect is that the host has to fault the memory in again.
+ * - Commit: unmap the range from all guests, notify the architecture, split or
+ *   merge folios, and change the attributes.  This cannot fail.
+ * - Abort: free the memory allocated by prepare.  The allocator has put folios
+ *   back if it has failed.
  *
  * The mapping's invalidate_lock is held exclusively throughout.  It keeps new
  * users away: faults of the host and of guests take it shared and check the
