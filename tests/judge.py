@@ -156,6 +156,17 @@ class Judge(unittest.TestCase):
         self.assertIn("expected to be skipped, but ran: a1", objections({"a1": "ok"}))
         self.assertIn("expected to be skipped, but is not there: a*", objections({"b": "ok"}))
 
+    def test_left_out(self):
+        def objections(line, kernel):
+            outcome = test.Outcome()
+            test.judge_left_out(outcome, ["ok 1 a", line], kernel)
+            return outcome.objections
+
+        line = "# left out: a check, needs CONFIG_KVM_GMEM_TEST and debugfs"
+        self.assertEqual(objections(line, "release"), [line[2:]])
+        self.assertEqual(objections(line, "plain"), [])
+        self.assertEqual(len(objections("# left out: a pin, needs CONFIG_GUP_TEST", "plain")), 1)
+
     def test_kept(self):
         subject = test.Test("name tap series release 10 -- tests/x")
         self.with_table("kept", ["name counter */free_hugepages * -- reason"])
@@ -186,14 +197,14 @@ class Judge(unittest.TestCase):
         with mock.patch("builtins.open", mock.mock_open(read_data="\n".join(lines))):
             first, second = test.tests_in_list()
         self.assertEqual(first.options, ["--mem", "1G", "--cpus", "1"])
-        self.assertEqual(first.runs, {"release": False, "debug": True})
+        self.assertEqual(first.runs, {"release": False, "debug": True, "plain": False})
         self.assertEqual(second.runs, {"release": True, "unpatched": False})
-        args = types.SimpleNamespace(debug=True, pace=1.5)
+        args = types.SimpleNamespace(flavour="debug", pace=1.5)
         self.assertEqual(test.allowed_seconds(first, args), 60)
 
     def test_memory(self):
         line = "name tap series release 10 --file kvm/helper=/bin/x -- kvm/x -n 1"
-        args = types.SimpleNamespace(base=False, debug=False, modules=False)
+        args = types.SimpleNamespace(base=False, flavour="release")
         read = []
 
         def name(changed=None, line=line, args=args):
@@ -211,11 +222,11 @@ class Judge(unittest.TestCase):
             self.assertNotEqual(before, name(path), path)
         self.assertNotEqual(before, name(line=line.replace("-n 1", "-n 2")))
         self.assertNotEqual(before, name(
-            args=types.SimpleNamespace(base=False, debug=True, modules=False)))
+            args=types.SimpleNamespace(base=False, flavour="debug")))
         self.assertIsNone(name(line=line.replace("name", "some_race_test")))
 
     def test_memory_of_nested(self):
-        args = types.SimpleNamespace(base=False, debug=False, modules=False)
+        args = types.SimpleNamespace(base=False, flavour="release")
         read = []
 
         def name(changed=None):
