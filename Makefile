@@ -69,15 +69,20 @@ guest: keep-tree ## build the Linux guest of that QEMU
 	@$S/guest
 
 ##@ Work on the series
-.PHONY: export check check-full series git-am-check qemu-export qemu-check
+.PHONY: export check check-full docs series parts git-am-check qemu-export qemu-check
 export: ## rewrite patches/ and the in-tree files from build/linux
 	@$S/export
 check: ## quick consistency check of the repository; no kernel tree needed
 	@$S/check
 check-full: keep-tree ## apply, export and compare; checkpatch, kernel-doc, sparse, W=1
 	@$S/check-full
+docs: keep-tree ## render the documents of the series with the kernel's htmldocs; fail on a warning
+	@$S/deps --docs
+	@$S/docs
 series: keep-tree ## build every commit, and the end of the series in many configurations
 	@$S/series
+parts: fetch ## build each part of the series on what it needs alone, and run its tests
+	@$S/parts
 git-am-check: fetch ## apply the patches as a distribution does: git am, quilt push
 	@$S/git-am-check
 qemu-export: ## rewrite patches/qemu-10.2/ from build/qemu
@@ -86,12 +91,15 @@ qemu-check: keep-qemu-tree ## run all of these checks on the series for QEMU, an
 	@$S/qemu-check $(if $(call on,$(QUICK)),--quick)
 
 ##@ Test more
-.PHONY: test-debug test-modules bench baseline results
+.PHONY: test-debug test-modules test-plain bench baseline results
 test-debug: kernel-debug ## run all tests on the debug kernel (FILTER=glob for some)
 	@$S/test --debug $(test-options)
 test-modules: keep-tree ## build KVM as modules and unload them while guest memory is in use
 	@$S/kernel --modules >/dev/null
 	@$S/test --modules $(test-options)
+test-plain: keep-tree ## run the tests of the series on a kernel without the hooks for tests
+	@$S/kernel --plain >/dev/null
+	@$S/test --plain $(test-options)
 bench: kernel ## count instructions and compare with the base
 	@$S/bench
 baseline: keep-tree ## run the existing tests on the unpatched base and write tests/baseline

@@ -271,6 +271,10 @@ static void guestmem_hugetlb_free(struct guestmem_allocator *gm, pgoff_t start,
 	unsigned int nr = 0;
 	LIST_HEAD(list);
 
+	/* An inode that is being evicted has no other users. */
+	lockdep_assert(lockdep_is_held_type(&gm->mapping->invalidate_lock, 0) ||
+		       inode_state_read_once(gm->mapping->host) & I_FREEING);
+
 	/* Unmap everything first, so that folio batches are drained only once. */
 	unmap_mapping_pages(gm->mapping, start, end - start, false);
 
@@ -295,7 +299,6 @@ static const struct guestmem_allocator_operations guestmem_hugetlb_ops = {
 	.prepare_split	= guestmem_split_prepare_split,
 	.prepare_merge	= guestmem_split_prepare_merge,
 	.commit		= guestmem_split_commit,
-	.abort		= guestmem_split_abort,
 };
 
 /**

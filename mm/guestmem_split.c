@@ -269,12 +269,15 @@ static void guestmem_split_whole(struct guestmem_allocator *gm, struct hugetlb_s
  * @gm: allocator of the file
  * @index: index of its first page
  *
- * Context: Any.  The caller keeps the attributes of the file from changing.
+ * Context: Any.  The caller holds filemap_invalidate_lock(), which keeps the attributes of
+ *	    the file from changing.
  */
 bool guestmem_split_is_whole(struct guestmem_allocator *gm, pgoff_t index)
 {
 	if (gm->is_mappable)
 		return false;
+
+	lockdep_assert_held(&gm->mapping->invalidate_lock);
 
 	return !gm->may_be_large || gm->may_be_large(gm, index, index + (1UL << gm->order));
 }
@@ -299,8 +302,9 @@ static int guestmem_freeze_new(struct folio *folio)
  * @folio: HugeTLB folio, zeroed, with one reference, which this takes over
  * @index: index of its first page
  *
- * Context: May sleep.  The caller holds the allocator's mutex for the huge page, and
- *	    keeps the attributes of the file from changing.
+ * Context: May sleep.  The caller holds filemap_invalidate_lock(), which keeps the
+ *	    attributes of the file from changing, and the allocator's mutex for the huge
+ *	    page.
  * Return: 0, -ENOMEM, -EINTR if the task is being killed, or -EHWPOISON if the page has a
  *	   memory error.  On error the reference to @folio has been dropped.
  */
@@ -529,6 +533,35 @@ static int guestmem_prepare_merge_page(struct guestmem_allocator *gm,
 	return r;
 }
 
+static void guestmem_abort_page(struct guestmem_allocator *gm, struct hugetlb_split *split)
+{
+	pgoff_t index = split->change.index;
+
+	if (split->change.is_first) {
+		if (guestmem_is_placeholder(gm->mapping, index)) {
+			guestmem_merge_placeholders(gm, index);
+			guestmem_insert(gm->mapping, index, page_folio(split->page));
+		}
+		hugetlb_split_abort(split);
+		return;
+	}
+
+	guestmem_insert_range(gm, split, index, index + (1UL << gm->order));
+	xas_destroy(&split->change.store);
+	hugetlb_vmemmap_free_pages(&split->vmemmap_pages);
+}
+
+/* Undo a preparation that has failed. */
+static void guestmem_abort(struct guestmem_allocator *gm, struct guestmem_change *c)
+{
+	struct hugetlb_split *split, *next;
+
+	list_for_each_entry_safe(split, next, &c->splits, change.node) {
+		list_del(&split->change.node);
+		guestmem_abort_page(gm, split);
+	}
+}
+
 static int guestmem_prepare(struct guestmem_allocator *gm, struct guestmem_change *c,
 			    pgoff_t start, pgoff_t end, bool is_merge)
 {
@@ -556,7 +589,7 @@ static int guestmem_prepare(struct guestmem_allocator *gm, struct guestmem_chang
 	if (!r && c->need_grace_period)
 		synchronize_rcu_expedited();
 	if (r)
-		guestmem_split_abort(gm, c);
+		guestmem_abort(gm, c);
 
 	return r;
 }
@@ -579,35 +612,6 @@ int guestmem_split_prepare_merge(struct guestmem_allocator *gm, struct guestmem_
 		end = 0;
 
 	return guestmem_prepare(gm, c, start, end, true);
-}
-
-static void guestmem_abort_page(struct guestmem_allocator *gm, struct hugetlb_split *split)
-{
-	pgoff_t index = split->change.index;
-
-	if (split->change.is_first) {
-		if (guestmem_is_placeholder(gm->mapping, index)) {
-			guestmem_merge_placeholders(gm, index);
-			guestmem_insert(gm->mapping, index, page_folio(split->page));
-		}
-		hugetlb_split_abort(split);
-		return;
-	}
-
-	guestmem_insert_range(gm, split, index, index + (1UL << gm->order));
-	xas_destroy(&split->change.store);
-	hugetlb_vmemmap_free_pages(&split->vmemmap_pages);
-}
-
-/* &guestmem_allocator_operations.abort */
-void guestmem_split_abort(struct guestmem_allocator *gm, struct guestmem_change *c)
-{
-	struct hugetlb_split *split, *next;
-
-	list_for_each_entry_safe(split, next, &c->splits, change.node) {
-		list_del(&split->change.node);
-		guestmem_abort_page(gm, split);
-	}
 }
 
 static void guestmem_merge_whole(struct guestmem_allocator *gm, struct hugetlb_split *split)

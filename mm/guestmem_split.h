@@ -16,6 +16,5 @@ int guestmem_split_prepare_split(struct guestmem_allocator *gm, struct guestmem_
 int guestmem_split_prepare_merge(struct guestmem_allocator *gm, struct guestmem_change *c,
 				 pgoff_t start, pgoff_t end);
 void guestmem_split_commit(struct guestmem_allocator *gm, struct guestmem_change *c);
-void guestmem_split_abort(struct guestmem_allocator *gm, struct guestmem_change *c);
 
 #endif /* _MM_GUESTMEM_SPLIT_H */

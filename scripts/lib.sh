@@ -41,6 +41,10 @@ of_series()
 }
 of_series kernel
 
+cover_letter=cover-letter.patch
+# The files in the directory of a series that scripts/export writes, for rsync.
+exported=(-m --include='*/' --include='*.patch' --include=series --include=README.md --exclude='*')
+
 # The author of all commits and patches.
 series_name=gmem-hugetlb
 series_email=series@gmem-hugetlb.invalid
@@ -202,6 +206,26 @@ base_commit()
 # series: print the names of the patches, in order
 series() { sed 's/#.*//; s/[ \t]*$//; /^$/d' "$patches/series"; }
 
+# mails: print the names of all files for git am, in order: each part of a series has a
+# directory with a cover letter
+mails()
+{
+	local patch dir=.
+
+	series | while read -r patch; do
+		[ "$(dirname "$patch")" = "$dir" ] || echo "${patch%/*}/$cover_letter"
+		dir=$(dirname "$patch")
+		echo "$patch"
+	done
+}
+
+# is_cover_letter TREE COMMIT: succeed if COMMIT changes nothing.  Such a commit holds the
+# cover letter of the part that it begins.
+is_cover_letter()
+{
+	[ "$(kgit -C "$1" rev-parse "$2^{tree}")" = "$(kgit -C "$1" rev-parse "$2^^{tree}")" ]
+}
+
 # touched: print "blob path" for each file that the series changes, with its blob in
 # the base (all zeroes: the series adds the file)
 touched()
@@ -263,11 +287,11 @@ move()
 # without three-way merge; the commit ids depend on the patches only
 apply()
 {
-	series | sed "s|^|$patches/|" | xargs -r env \
+	mails | sed "s|^|$patches/|" | xargs -r env \
 		GIT_COMMITTER_NAME="$series_name" GIT_COMMITTER_EMAIL="$series_email" \
 		GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_NOSYSTEM=1 \
 		git -C "$1" -c core.hooksPath=/dev/null am -q --no-3way --whitespace=error \
-			--committer-date-is-author-date >&2
+			--empty=keep --committer-date-is-author-date >&2
 }
 
 # series_commit: print the commit of the series in its git tree, after applying the
@@ -276,7 +300,7 @@ series_commit()
 {
 	local id dir=$build/scratch.$$
 
-	id=$({ base_commit; series; cd "$patches" && series | xargs -r cat; } | sha256sum | cut -c 1-40)
+	id=$({ base_commit; mails; cd "$patches" && mails | xargs -r cat; } | sha256sum | cut -c 1-40)
 	kgit -C "$series_tree" rev-parse -q --verify "refs/series/$id" && return
 	scratch "$dir"
 	apply "$dir" || { rm -rf "$dir"; return 1; }
@@ -344,7 +368,7 @@ same_bytes()
 	rm -rf "$work/export" "$ours"
 	mkdir -p "$work/export" "$ours/patches/$series_version"
 	"$top/scripts/export" ${prefix:+--qemu} --from "$work/scratch" --to "$work/export"
-	cp "$patches"/*.patch "$patches/series" "$ours/patches/$series_version" 2>/dev/null || true
+	rsync -r "${exported[@]}" "$patches/" "$ours/patches/$series_version/"
 	for dir in $intree; do
 		[ ! -d "$top/$dir" ] || cp -r "$top/$dir" "$ours"
 	done

@@ -74,8 +74,8 @@ struct guestmem_change {
 /**
  * struct guestmem_allocator_operations - operations of an allocator
  *
- * All operations may sleep.  An operation can be NULL if an allocator has nothing to do
- * for it, @allocate and @free excepted.
+ * All operations but @max_order may sleep.  An operation can be NULL if an allocator has
+ * nothing to do for it, @allocate and @free excepted.
  *
  * A lookup of a page that is being added or removed waits for that to end: two callers
  * of @allocate for the same page get the same folio, and neither fails because of the
@@ -85,7 +85,7 @@ struct guestmem_change {
  *
  * Lock order::
  *
- *	filemap_invalidate_lock(@mapping), if the caller holds it
+ *	filemap_invalidate_lock(), if the caller holds it
  *	  mutex of the allocator for a page of the file
  *	    folio lock
  */
@@ -158,11 +158,13 @@ struct guestmem_allocator_operations {
 	 * The rest of a page of the file becomes folios of @part_order where [@start,
 	 * @end) allows it.
 	 *
-	 * The folios that change are frozen and cannot be found until @commit or @abort.
+	 * The folios that change are frozen and cannot be found until @commit.  So the
+	 * caller prepares everything else before, and always calls @commit after success.
 	 *
-	 * Context: filemap_invalidate_lock() is held exclusively until @commit or @abort.
+	 * Context: filemap_invalidate_lock() is held exclusively until @commit.
+	 *
 	 * Return: 0, -ENOMEM, -EINTR if the task is being killed, or -EAGAIN if the
-	 * folio at @change->busy has a reference.  On error there is nothing to abort.
+	 * folio at @change->busy has a reference.  On error the folios are as before.
 	 */
 	int (*prepare_split)(struct guestmem_allocator *gm, struct guestmem_change *change,
 			     pgoff_t start, pgoff_t end);
@@ -174,6 +176,7 @@ struct guestmem_allocator_operations {
 	 * @part_order is.  Folios with memory errors stay as they are.
 	 *
 	 * Context: As for @prepare_split.  No page of the range is mapped to userspace.
+	 *
 	 * Return: As for @prepare_split.
 	 */
 	int (*prepare_merge)(struct guestmem_allocator *gm, struct guestmem_change *change,
@@ -185,9 +188,6 @@ struct guestmem_allocator_operations {
 	 * Nothing that is split is mapped into a guest.  Needs no memory.
 	 */
 	void (*commit)(struct guestmem_allocator *gm, struct guestmem_change *change);
-
-	/** @abort: Undo the preparation of a change. */
-	void (*abort)(struct guestmem_allocator *gm, struct guestmem_change *change);
 };
 
 #ifdef CONFIG_GUESTMEM_HUGETLB

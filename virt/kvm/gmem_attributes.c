@@ -158,6 +158,8 @@ int kvm_gmem_attributes_prepare(struct gmem_attributes *ga, struct ma_state *mas
 	void *found, *entry = attributes_to_entry(attributes);
 	struct ma_state before;
 
+	lockdep_assert(mt_write_lock_is_held(&ga->tree));
+
 	if (WARN_ON_ONCE(start >= end || end > ga->nr_pages))
 		return -EINVAL;
 
@@ -198,6 +200,8 @@ int kvm_gmem_attributes_prepare(struct gmem_attributes *ga, struct ma_state *mas
  */
 void kvm_gmem_attributes_commit(struct ma_state *mas, u64 attributes)
 {
+	lockdep_assert(mt_write_lock_is_held(mas->tree));
+
 	mas_store_prealloc(mas, attributes_to_entry(attributes));
 }
 
@@ -209,5 +213,7 @@ void kvm_gmem_attributes_commit(struct ma_state *mas, u64 attributes)
  */
 void kvm_gmem_attributes_abort(struct ma_state *mas)
 {
+	lockdep_assert(mt_write_lock_is_held(mas->tree));
+
 	mas_destroy(mas);
 }

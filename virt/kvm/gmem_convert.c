@@ -280,13 +280,7 @@ static void kvm_gmem_convert_give_to_host(struct gmem_conversion *c)
 	kvm_gmem_convert_walk_folios(c, false, kvm_gmem_convert_share_folio);
 	kvm_gmem_convert_end_run(c);
 }
-#else
-static void kvm_gmem_convert_give_to_host(struct gmem_conversion *c)
-{
-}
-#endif
 
-#ifdef CONFIG_HAVE_KVM_ARCH_GMEM_CONVERT
 static int kvm_gmem_convert_prepare_split(struct guestmem_change *change,
 					  struct folio *folio)
 {
@@ -301,6 +295,10 @@ static void kvm_gmem_convert_share_split(struct guestmem_change *change,
 	kvm_gmem_make_shared(page_to_pfn(page), nr_pages);
 }
 #else
+static void kvm_gmem_convert_give_to_host(struct gmem_conversion *c)
+{
+}
+
 #define kvm_gmem_convert_prepare_split	NULL
 #define kvm_gmem_convert_share_split	NULL
 #endif

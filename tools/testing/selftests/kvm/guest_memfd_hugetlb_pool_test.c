@@ -26,11 +26,6 @@
 /* Clearing 1 GiB takes seconds on an emulated machine. */
 #define SLOW			300
 
-static struct kvm_vm *create_private_vm(void)
-{
-	return vm_create_barebones_type(KVM_X86_SW_PROTECTED_VM);
-}
-
 /*
  * Run each test in a cgroup of its own, which is removed even if the test
  * fails.
@@ -63,9 +58,9 @@ FIXTURE_SETUP(cgroup)
 
 	self->accounting = hugetlb_cgroup_get_accounting();
 	if (!hugetlb_cgroup_enter("gmem_test"))
-		SKIP(return, "no hugetlb controller in " CGROUP_MOUNT);
+		SKIP(return, HUGETLB_NO_CGROUP);
 
-	self->vm = create_private_vm();
+	self->vm = gmem_vm_create_barebones();
 	self->page_size = variant->page_size;
 	hugetlb_get(self->page_size, &self->before);
 }
@@ -268,7 +263,7 @@ FIXTURE_SETUP(pool)
 	if (reason)
 		SKIP(return, "%s", reason);
 
-	self->vm = create_private_vm();
+	self->vm = gmem_vm_create_barebones();
 	hugetlb_get(SZ_2M, &self->before);
 	self->fd = vm_create_guest_memfd(self->vm, POOL_PAGES * SZ_2M,
 					 gmem_flags(SZ_2M));
@@ -441,7 +436,7 @@ FIXTURE_SETUP(numa)
 	if (reason)
 		SKIP(return, "%s", reason);
 
-	self->vm = create_private_vm();
+	self->vm = gmem_vm_create_barebones();
 	hugetlb_get(SZ_2M, &self->before);
 	self->fd = vm_create_guest_memfd(self->vm, NUMA_PAGES * SZ_2M,
 					 gmem_flags(SZ_2M));
@@ -634,7 +629,7 @@ TEST_F_TIMEOUT(numa, surplus_is_never_allocated, SLOW)
 
 int main(int argc, char *argv[])
 {
-	TEST_REQUIRE(kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM));
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_GUEST_MEMFD));
 
 	gmem_prepare_pools();
 	return test_harness_run(argc, argv);

@@ -52,6 +52,8 @@ struct hugetlb_counters {
 	/* The pool's page size, and whether the pool must not change. */
 	size_t size;
 	bool untouched;
+	/* Whether the kernel has counters for each node. */
+	bool has_nodes;
 	long val[NR_HUGETLB_COUNTERS];
 };
 
@@ -60,6 +62,18 @@ extern const char * const hugetlb_counter_names[NR_HUGETLB_COUNTERS];
 /* Read the first number that follows @key, or that starts a line without @key. */
 bool read_number(const char *path, const char *key, long *val);
 void write_number(const char *path, long val);
+
+/*
+ * Print once that the test goes on without a check or step that this kernel has
+ * no support for.  @needs names what is missing.
+ */
+void gmem_left_out(const char *what, const char *needs);
+
+/*
+ * Create a VM without vCPUs, for tests of files.  It has private memory if the
+ * kernel supports that without special hardware.
+ */
+struct kvm_vm *gmem_vm_create_barebones(void);
 
 bool hugetlb_has_size(size_t size);
 size_t hugetlb_default_size(void);
@@ -96,6 +110,9 @@ static inline bool gmem_is_full(int err)
 /* Expect that creating a file of @nr pages fails and leaves counters unchanged. */
 void gmem_expect_full(struct kvm_vm *vm, size_t page_size, long nr,
 		      const char *why);
+
+/* Return whether the pool optimizes the vmemmap of new huge pages. */
+bool hugetlb_is_optimized(void);
 
 /* Return the number of pages that can still be reserved. */
 long hugetlb_available(size_t size);
@@ -151,6 +168,10 @@ void *hugetlb_memfd_map(size_t size, long nr, int *fd);
 #define HUGETLB_DIRT		0xd1d1d1d1d1d1d1d1ull
 #define HUGETLB_DIRT_STRIDE	512
 void hugetlb_dirty_pool(size_t size, long nr);
+
+/* The reason to skip a test if hugetlb_cgroup_enter() fails. */
+#define HUGETLB_NO_CGROUP \
+	"needs cgroup2 with CONFIG_CGROUP_HUGETLB and CONFIG_MEMCG"
 
 /*
  * Move the calling process to a new cgroup with the hugetlb and memory

@@ -17,6 +17,8 @@
 
 #define HUGETLB_SETTLE_SECONDS	10
 
+#define POOLS	"/sys/kernel/mm/hugepages"
+
 const char * const hugetlb_counter_names[NR_HUGETLB_COUNTERS] = {
 	[HUGETLB_TOTAL]			= "nr_hugepages",
 	[HUGETLB_FREE]			= "free_hugepages",
@@ -67,13 +69,36 @@ void write_number(const char *path, long val)
 	TEST_ASSERT(!fclose(f), "Writing %ld to %s failed", val, path);
 }
 
+void gmem_left_out(const char *what, const char *needs)
+{
+	static const char *said = "";
+
+	if (!strcmp(said, what))
+		return;
+
+	ksft_print_msg("left out: %s, needs %s\n", what, needs);
+	said = what;
+}
+
+struct kvm_vm *gmem_vm_create_barebones(void)
+{
+#ifdef __x86_64__
+	if (kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM))
+		return vm_create_barebones_type(KVM_X86_SW_PROTECTED_VM);
+
+	gmem_left_out("files of VMs with private memory",
+		      "CONFIG_KVM_SW_PROTECTED_VM");
+#endif
+	return vm_create_barebones();
+}
+
 static const char *pool_path(size_t size, int nid, const char *file)
 {
 	static char path[PATH_MAX];
 
 	if (nid < 0)
 		snprintf(path, sizeof(path),
-			 "/sys/kernel/mm/hugepages/hugepages-%lukB/%s",
+			 POOLS "/hugepages-%lukB/%s",
 			 size >> 10, file);
 	else
 		snprintf(path, sizeof(path),
@@ -143,6 +168,14 @@ void hugetlb_write_node(size_t size, int nid, const char *file, long val)
 	write_number(pool_path(size, nid, file), val);
 }
 
+bool hugetlb_is_optimized(void)
+{
+	long val;
+
+	return read_number("/proc/sys/vm/hugetlb_optimize_vmemmap", NULL, &val) &&
+	       val;
+}
+
 long hugetlb_available(size_t size)
 {
 	return hugetlb_read(size, "free_hugepages") -
@@ -193,6 +226,10 @@ void hugetlb_get(size_t size, struct hugetlb_counters *c)
 
 	memset(c, 0, sizeof(*c));
 	c->untouched = !hugetlb_has_size(size);
+	/* Without CONFIG_HUGETLBFS there is nothing to count. */
+	if (access(POOLS, F_OK))
+		return;
+
 	c->size = c->untouched ? hugetlb_default_size() : size;
 	size = c->size;
 
@@ -205,6 +242,7 @@ void hugetlb_get(size_t size, struct hugetlb_counters *c)
 		if (!hugetlb_has_node(size, nid))
 			continue;
 
+		c->has_nodes = true;
 		c->val[HUGETLB_NODES_TOTAL] +=
 			hugetlb_read_node(size, nid, "nr_hugepages");
 		c->val[HUGETLB_NODES_FREE] +=
@@ -229,7 +267,8 @@ static void add_pages(struct hugetlb_counters *c, long free, long resv)
 
 	c->val[HUGETLB_FREE] += free;
 	c->val[HUGETLB_RESV] += resv;
-	c->val[HUGETLB_NODES_FREE] += free;
+	if (c->has_nodes)
+		c->val[HUGETLB_NODES_FREE] += free;
 	if (c->size == hugetlb_default_size()) {
 		c->val[HUGETLB_MEMINFO_FREE] += free;
 		c->val[HUGETLB_MEMINFO_RSVD] += resv;

@@ -341,7 +341,7 @@ static void run_race(struct race *r, bool guests, bool host, void *(*other)(void
 	int i;
 
 	guests = guests && r->nr_vcpus;
-	TEST_ASSERT(guests || host || other, "Nobody takes part in this race");
+	TEST_ASSERT(guests || host || other, "No task takes part in this race");
 	sigaction(SIGBUS, &sa, &old);
 	for (i = 0; guests && i < r->nr_vcpus; i++) {
 		vcpus[i] = (struct vcpu_thread) { .r = r, .id = i };

@@ -144,8 +144,7 @@ static void convert(int fd, u64 offset, u64 size, u64 attributes)
 /* Check that huge pages are split as far as the attributes demand. */
 static void check_folios(struct convert_test *self)
 {
-	if (self->check >= 0)
-		gmem_check(self->check, self->fd, true);
+	gmem_check(self->check, self->fd, true);
 }
 
 static u64 page_offset(struct convert_test *self, int page)
@@ -253,8 +252,7 @@ FIXTURE_TEARDOWN(convert)
 {
 	struct convert_test *t = &self->t;
 
-	if (t->check >= 0)
-		kvm_close(t->check);
+	gmem_close_check(t->check);
 	kvm_munmap(t->mem, t->size);
 	kvm_vm_free(t->vm);
 	kvm_close(t->fd);
@@ -597,7 +595,9 @@ TEST_F_TIMEOUT(convert, attributes_are_charged, SLOW)
 	long before, after;
 	int fd, i;
 
-	ASSERT_TRUE(hugetlb_cgroup_enter("gmem_attributes"));
+	if (!hugetlb_cgroup_enter("gmem_attributes"))
+		SKIP(return, HUGETLB_NO_CGROUP);
+
 	fd = vm_create_guest_memfd(self->t.vm, size, self->t.flags);
 	before = cg_read_long(hugetlb_cgroup_path(), "memory.current");
 	for (i = 0; i < nr; i++)
@@ -615,8 +615,7 @@ TEST_F_TIMEOUT(convert, attributes_are_charged, SLOW)
 
 static void stop_checking_folios(struct convert_test *self)
 {
-	if (self->check >= 0)
-		kvm_close(self->check);
+	gmem_close_check(self->check);
 	self->check = -1;
 }
 
@@ -788,7 +787,7 @@ TEST_F_TIMEOUT(convert, long_term_pins, SLOW)
 
 	gup_test = open(GUP_TEST, O_RDWR);
 	if (gup_test < 0)
-		SKIP(return, "no " GUP_TEST);
+		SKIP(return, "needs CONFIG_GUP_TEST and debugfs");
 
 	convert_all(&self->t, SHARED);
 	for (i = 0; i < NR_PAGES; i++)
@@ -830,7 +829,7 @@ TEST_F_TIMEOUT(convert, io_uring_buffers, SLOW)
 
 	ring = syscall(__NR_io_uring_setup, 1, &params);
 	if (ring < 0)
-		SKIP(return, "no io_uring");
+		SKIP(return, "needs CONFIG_IO_URING");
 
 	convert_all(&self->t, SHARED);
 	for (i = 0; i < NR_PAGES; i++)
@@ -894,7 +893,7 @@ TEST_F_TIMEOUT(convert, core_dump_holds_only_what_is_shared, SLOW)
 
 	fd = open(CORE_PATTERN, O_RDONLY);
 	if (fd < 0)
-		SKIP(return, "no " CORE_PATTERN);
+		SKIP(return, "needs CONFIG_COREDUMP");
 	ASSERT_LT(0, read(fd, old, sizeof(old) - 1));
 	kvm_close(fd);
 

@@ -33,7 +33,11 @@
 
 #define TOO_LONG	"each try would clear 1 GiB, on the way that 2 MiB go as well"
 
+#define NO_INJECTION	"needs CONFIG_FAILSLAB, CONFIG_FAIL_PAGE_ALLOC and " \
+			"CONFIG_FAULT_INJECTION_DEBUG_FS"
+
 #define DEBUGFS		"/sys/kernel/debug"
+#define NODE_CACHE	"/sys/kernel/slab/radix_tree_node/failslab"
 
 static bool write_setting(const char *file, const char *val)
 {
@@ -106,7 +110,7 @@ FIXTURE_SETUP(fail_nth)
 
 	self->t.nth_fd = open_fail_nth();
 	if (self->t.nth_fd < 0 || !set_up_fault_injection())
-		SKIP(return, "no CONFIG_FAILSLAB, CONFIG_FAIL_PAGE_ALLOC or debugfs");
+		SKIP(return, NO_INJECTION);
 
 	self->t.page_size = variant->page_size;
 	self->t.fd = -1;
@@ -394,8 +398,7 @@ TEST_F_TIMEOUT(fail_nth, release, SLOW)
  */
 static bool set_page_cache_failures(bool on)
 {
-	static const char cache[] = "/sys/kernel/slab/radix_tree_node/failslab";
-	int fd = open(cache, O_WRONLY);
+	int fd = open(NODE_CACHE, O_WRONLY);
 	bool ok;
 
 	/* Set the probability first to 0, so that other allocations do not fail in between. */
@@ -423,6 +426,9 @@ TEST_F_TIMEOUT(fail_nth, page_cache_cannot_grow, SLOW)
 	const size_t offset = page_size == SZ_1G ? 0 : page_size;
 	struct nth_test *t = &self->t;
 	int i, r, err;
+
+	if (access(NODE_CACHE, W_OK))
+		SKIP(return, "needs CONFIG_SLUB_TINY=n");
 
 	t->vm = gmem_vm_create(1, &t->vcpu);
 	ASSERT_EQ(0, create(t));
@@ -536,7 +542,7 @@ FIXTURE_SETUP(convert_nth)
 
 	self->t.nth_fd = open_fail_nth();
 	if (self->t.nth_fd < 0 || !set_up_fault_injection())
-		SKIP(return, "no CONFIG_FAILSLAB, CONFIG_FAIL_PAGE_ALLOC or debugfs");
+		SKIP(return, NO_INJECTION);
 }
 
 FIXTURE_TEARDOWN(convert_nth)
@@ -720,7 +726,7 @@ FIXTURE_SETUP(split_nth)
 
 	t->nth_fd = open_fail_nth();
 	if (t->nth_fd < 0 || !set_up_fault_injection())
-		SKIP(return, "no CONFIG_FAILSLAB, CONFIG_FAIL_PAGE_ALLOC or debugfs");
+		SKIP(return, NO_INJECTION);
 
 	hugetlb_get(variant->page_size, &t->before);
 	t->vm = gmem_vm_create(1, &t->vcpu);
@@ -735,7 +741,7 @@ FIXTURE_TEARDOWN(split_nth)
 {
 	struct nth_test *t = &self->t;
 
-	kvm_close(self->check);
+	gmem_close_check(self->check);
 	kvm_vm_free(t->vm);
 	kvm_close(t->fd);
 	kvm_close(t->nth_fd);

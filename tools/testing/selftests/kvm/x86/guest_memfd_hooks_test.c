@@ -84,7 +84,7 @@ FIXTURE_VARIANT_ADD(hooks, 1g_part) { .page_size = SZ_1G, .nr = 1, .part = true,
 
 static void close_file(struct hooks_test *t)
 {
-	kvm_close(t->check);
+	gmem_close_check(t->check);
 	kvm_vm_free(t->vm);
 	kvm_close(t->fd);
 	t->fd = -1;
@@ -113,11 +113,11 @@ FIXTURE_SETUP(hooks)
 	if (reason)
 		SKIP(return, "%s", reason);
 	if (mount("none", TRACING, "tracefs", 0, NULL) && errno != EBUSY)
-		SKIP(return, "no tracefs");
+		SKIP(return, "needs CONFIG_FTRACE");
 	for (i = 0; i < NR_HOOKS; i++) {
 		snprintf(path, sizeof(path), TRACING "events/kvm/%s", hooks[i]);
 		if (access(path, F_OK))
-			SKIP(return, "nothing has to be told to the architecture");
+			SKIP(return, "KVM has no hooks, needs CONFIG_KVM_GMEM_TEST");
 	}
 
 	t->page_size = variant->page_size;

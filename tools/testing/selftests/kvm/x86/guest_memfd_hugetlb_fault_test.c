@@ -539,7 +539,7 @@ FIXTURE_SETUP(full)
 	if (reason)
 		SKIP(return, "%s", reason);
 	if (!hugetlb_cgroup_enter(CGROUP))
-		SKIP(return, "no cgroup2 with the hugetlb controller");
+		SKIP(return, HUGETLB_NO_CGROUP);
 
 	self->vm = gmem_vm_create(1, &self->vcpu);
 	hugetlb_get(variant->page_size, &self->before);
@@ -690,8 +690,6 @@ static int populate(struct kvm_vm *vm, gpa_t gpa, long nr, void *src)
 	return r;
 }
 
-#define NO_POPULATE	"no gmem_populate in debugfs, is CONFIG_KVM_GMEM_TEST=y?"
-
 static bool can_populate(struct kvm_vm *vm)
 {
 	return populate(vm, 0, 0, NULL) != -ENOENT;
@@ -715,7 +713,7 @@ TEST_F_TIMEOUT(fault, populate_exposes_none_of_the_old_contents, SLOW)
 	gpa_t end = GMEM_GPA + page_size;
 
 	if (!can_populate(self->t.vm))
-		SKIP(return, NO_POPULATE);
+		SKIP(return, GMEM_NO_DEBUGFS);
 
 	create_file_on_dirty_pages(&self->t);
 
@@ -735,7 +733,7 @@ TEST_F_TIMEOUT(fault, populate_without_a_source_leaves_zeros, SLOW)
 	size_t size;
 
 	if (!can_populate(self->t.vm))
-		SKIP(return, NO_POPULATE);
+		SKIP(return, GMEM_NO_DEBUGFS);
 
 	size = create_file_on_dirty_pages(&self->t);
 
@@ -758,7 +756,7 @@ TEST_F_TIMEOUT(fault, populate_in_pieces_keeps_what_is_there, SLOW)
 	int i;
 
 	if (!can_populate(self->t.vm))
-		SKIP(return, NO_POPULATE);
+		SKIP(return, GMEM_NO_DEBUGFS);
 
 	src = populate_source(nr);
 	for (i = nr - 1; i >= 0; i--)
@@ -770,7 +768,7 @@ TEST_F_TIMEOUT(fault, populate_in_pieces_keeps_what_is_there, SLOW)
 TEST_F_TIMEOUT(fault, populate_of_shared_memory_is_refused, SLOW)
 {
 	if (!can_populate(self->t.vm))
-		SKIP(return, NO_POPULATE);
+		SKIP(return, GMEM_NO_DEBUGFS);
 
 	if (!kvm_converts_in_place())
 		vm_mem_set_shared(self->t.vm, GMEM_GPA, SZ_4K);

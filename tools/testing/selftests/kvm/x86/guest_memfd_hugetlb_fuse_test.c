@@ -238,8 +238,9 @@ FIXTURE_SETUP(fuse)
 
 	if (reason)
 		SKIP(return, "%s", reason);
-	if (variant->converts && !kvm_check_cap(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES))
-		SKIP(return, "kvm.gmem_in_place_conversion is off");
+	reason = variant->converts ? gmem_conversion_unavailable() : NULL;
+	if (reason)
+		SKIP(return, "%s", reason);
 
 	t->page_size = variant->page_size;
 	t->converts = variant->converts;
@@ -281,7 +282,7 @@ static void lose_file(struct fuse_test *t)
 		return;
 
 	kvm_munmap(t->mem, SHARED_SIZE);
-	kvm_close(t->check);
+	gmem_close_check(t->check);
 	kvm_vm_free(t->vm);
 	kvm_close(t->fd);
 	t->vm = NULL;

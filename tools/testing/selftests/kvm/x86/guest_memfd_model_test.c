@@ -296,7 +296,7 @@ static void destroy(void)
 	for (i = 0; i < MAX_PINS; i++)
 		if (m.pins[i].used)
 			unpin(&m.pins[i]);
-	kvm_close(m.check);
+	gmem_close_check(m.check);
 	kvm_munmap(m.mem, m.nr_pages * SZ_4K);
 	kvm_vm_free(m.vm);
 	kvm_close(m.fd);

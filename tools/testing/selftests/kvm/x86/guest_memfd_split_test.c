@@ -140,7 +140,7 @@ FIXTURE_TEARDOWN(split)
 {
 	struct split_test *t = &self->t;
 
-	kvm_close(t->check);
+	gmem_close_check(t->check);
 	kvm_munmap(t->mem, t->size);
 	kvm_vm_free(t->vm);
 	kvm_close(t->fd);
@@ -226,7 +226,7 @@ TEST_F_TIMEOUT(split, tracing, SLOW)
 	bool is_1g = t->page_size == SZ_1G;
 
 	if (mount("none", TRACING, "tracefs", 0, NULL) && errno != EBUSY)
-		SKIP(return, "no tracefs");
+		SKIP(return, "needs CONFIG_FTRACE");
 
 	convert(t, 0, t->size, PRIVATE);
 	guest_write_all(t);
@@ -327,6 +327,8 @@ static long wait_for_kernel_memory(long min, long max)
 	return kernel_memory();
 }
 
+#define NOT_OPTIMIZED	"the vmemmap of huge pages is not optimized"
+
 /* The guest determines how many struct pages there are, so charge its cgroup. */
 TEST_F_TIMEOUT(split, struct_pages_are_charged, SLOW)
 {
@@ -339,7 +341,11 @@ TEST_F_TIMEOUT(split, struct_pages_are_charged, SLOW)
 	const long nr_bytes = t->size / SZ_4K * 64 - nr_huge * SZ_4K;
 	long before, split;
 
-	ASSERT_TRUE(hugetlb_cgroup_enter("gmem_split"));
+	if (!hugetlb_is_optimized())
+		SKIP(return, NOT_OPTIMIZED);
+	if (!hugetlb_cgroup_enter("gmem_split"))
+		SKIP(return, HUGETLB_NO_CGROUP);
+
 	convert(t, 0, t->size, PRIVATE);
 	kvm_fallocate(t->fd, FALLOC_FL_KEEP_SIZE, 0, t->size);
 	before = kernel_memory();
@@ -368,10 +374,14 @@ TEST_F_TIMEOUT(split, struct_pages_beyond_a_limit, SLOW)
 
 	if (t->page_size != SZ_1G)
 		SKIP(return, "needs too few struct pages for a limit to matter");
+	if (!hugetlb_is_optimized())
+		SKIP(return, NOT_OPTIMIZED);
 
 	convert(t, 0, t->size, PRIVATE);
 	guest_write_all(t);
-	ASSERT_TRUE(hugetlb_cgroup_enter("gmem_split"));
+	if (!hugetlb_cgroup_enter("gmem_split"))
+		SKIP(return, HUGETLB_NO_CGROUP);
+
 	limit_memory(SZ_1M);
 	EXPECT_EQ(-1, gmem_convert(t->fd, 0, SZ_4K, SHARED, &error));
 	EXPECT_EQ(ENOMEM, errno);

@@ -75,8 +75,9 @@ FIXTURE_SETUP(unload)
 
 	if (reason)
 		SKIP(return, "%s", reason);
-	if (variant->converts && !kvm_check_cap(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES))
-		SKIP(return, "kvm.gmem_in_place_conversion is off");
+	reason = variant->converts ? gmem_conversion_unavailable() : NULL;
+	if (reason)
+		SKIP(return, "%s", reason);
 
 	self->vendor = is_module("kvm_amd") ? "kvm_amd" : "kvm_intel";
 	TEST_ASSERT(!pipe(self->pipe), "pipe() failed");
@@ -165,7 +166,7 @@ TEST_F_TIMEOUT(unload, while_there_is_a_path, SLOW)
 
 int main(int argc, char *argv[])
 {
-	TEST_REQUIRE(is_module("kvm"));
+	__TEST_REQUIRE(is_module("kvm"), "needs CONFIG_KVM=m");
 
 	gmem_prepare_pools();
 	return test_harness_run(argc, argv);

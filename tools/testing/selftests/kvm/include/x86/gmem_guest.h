@@ -80,25 +80,39 @@ void gmem_guest_set_call(struct kvm_vcpu *vcpu, void *fn, u64 a, u64 b, u64 c,
  */
 int gmem_guest_run(struct kvm_vcpu *vcpu);
 
+/*
+ * Open a file in the VM's debugfs directory for writing.  Return -1 if there is
+ * none: the files need CONFIG_KVM_GMEM_TEST.
+ */
+int gmem_open_debugfs(struct kvm_vm *vm, const char *name);
+
+/* The reason to skip a test if it consists of nothing but such a file. */
+#define GMEM_NO_DEBUGFS	"needs CONFIG_KVM_GMEM_TEST and debugfs"
+
+/* Open such a file for a check.  Without it, print that @what is left out. */
+int gmem_open_optional(struct kvm_vm *vm, const char *name, const char *what);
+
+/*
+ * With CONFIG_KVM_GMEM_TEST=y, KVM compares the folios of a file with those
+ * that its attributes require.  @optimized tells whether large folios must have
+ * an optimized vmemmap, if the pool's pages have.  Otherwise, @check is -1, and
+ * the functions do nothing.
+ */
+int gmem_open_check(struct kvm_vm *vm);
+void gmem_check(int check, int fd, bool optimized);
+void gmem_close_check(int check);
+
+/* Pin the page of the word at @p, until the pipe is read or closed. */
+void gmem_pin(int pipe_fd, void *p);
+
 /* Expect SIGBUS where a mapping of @fd approaches and exceeds the largest offset. */
 void gmem_expect_nothing_beyond(int fd);
 
 /* KVM_SET_MEMORY_ATTRIBUTES2.  Store its error_offset in @error, unless NULL. */
 int gmem_convert(int fd, u64 offset, u64 size, u64 attributes, u64 *error);
 
-/* Open a file in the VM's debugfs directory for writing.  Return -1 on error. */
-int gmem_open_debugfs(struct kvm_vm *vm, const char *name);
-
-/*
- * With CONFIG_KVM_GMEM_TEST=y, KVM compares the folios of a file with those
- * that its attributes require.  @optimized tells whether large folios must have
- * an optimized vmemmap.
- */
-int gmem_open_check(struct kvm_vm *vm);
-void gmem_check(int check, int fd, bool optimized);
-
-/* Pin the page of the word at @p, until the pipe is read or closed. */
-void gmem_pin(int pipe_fd, void *p);
+/* Return why files cannot be converted here, or NULL. */
+const char *gmem_conversion_unavailable(void);
 
 /* Return the pfn of the page that this process has mapped at @p, or 0. */
 u64 gmem_host_pfn(const void *p);

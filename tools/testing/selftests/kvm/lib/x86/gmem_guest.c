@@ -11,6 +11,8 @@
 
 static struct gmem_command commands[GMEM_MAX_VCPUS];
 static u64 scratch;
+/* Tests change the setting while they have a file open for checks. */
+static bool pool_is_optimized;
 
 static void guest_do_one(const struct gmem_command *c)
 {
@@ -169,6 +171,57 @@ void gmem_guest_do(struct kvm_vcpu *vcpu, enum gmem_op op, gpa_t gpa, u64 size,
 		    vcpu->run->memory_fault.gpa);
 }
 
+int gmem_open_debugfs(struct kvm_vm *vm, const char *name)
+{
+	char path[128];
+
+	snprintf(path, sizeof(path), "/sys/kernel/debug/kvm/%d-%d/%s", getpid(), vm->fd,
+		 name);
+	return open(path, O_WRONLY);
+}
+
+int gmem_open_optional(struct kvm_vm *vm, const char *name, const char *what)
+{
+	int fd = gmem_open_debugfs(vm, name);
+
+	if (fd < 0)
+		gmem_left_out(what, "CONFIG_KVM_GMEM_TEST and debugfs");
+	return fd;
+}
+
+int gmem_open_check(struct kvm_vm *vm)
+{
+	pool_is_optimized = hugetlb_is_optimized();
+	return gmem_open_optional(vm, "gmem_check", "the check of folios");
+}
+
+void gmem_check(int check, int fd, bool optimized)
+{
+	char cmd[32];
+	int len;
+
+	if (check < 0)
+		return;
+
+	len = snprintf(cmd, sizeof(cmd), "%d %d", fd, optimized && pool_is_optimized);
+	TEST_ASSERT(write(check, cmd, len) == len,
+		    "Folios are not what they have to be: errno %d (%s)", errno,
+		    strerror(errno));
+}
+
+void gmem_close_check(int check)
+{
+	if (check >= 0)
+		kvm_close(check);
+}
+
+void gmem_pin(int pipe_fd, void *p)
+{
+	struct iovec iov = { .iov_base = p, .iov_len = sizeof(u64) };
+
+	TEST_ASSERT(vmsplice(pipe_fd, &iov, 1, 0) == sizeof(u64), "vmsplice() failed");
+}
+
 /* mmap() refuses such offsets, but mremap() can extend a mapping to them. */
 void gmem_expect_nothing_beyond(int fd)
 {
@@ -199,38 +252,16 @@ int gmem_convert(int fd, u64 offset, u64 size, u64 attributes, u64 *error)
 	return r;
 }
 
-int gmem_open_debugfs(struct kvm_vm *vm, const char *name)
+const char *gmem_conversion_unavailable(void)
 {
-	char path[128];
+	if (!kvm_converts_in_place())
+		return "kvm.gmem_in_place_conversion is off";
 
-	snprintf(path, sizeof(path), "/sys/kernel/debug/kvm/%d-%d/%s", getpid(), vm->fd,
-		 name);
-	return open(path, O_WRONLY);
-}
+	/* The memory of other VMs is encrypted, or always shared. */
+	if (!(kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM)))
+		return "needs CONFIG_KVM_SW_PROTECTED_VM";
 
-int gmem_open_check(struct kvm_vm *vm)
-{
-	int fd = gmem_open_debugfs(vm, "gmem_check");
-
-	__TEST_REQUIRE(fd >= 0, "no gmem_check in debugfs, is CONFIG_KVM_GMEM_TEST=y?");
-	return fd;
-}
-
-void gmem_check(int check, int fd, bool optimized)
-{
-	char cmd[32];
-	int len = snprintf(cmd, sizeof(cmd), "%d %d", fd, optimized);
-
-	TEST_ASSERT(write(check, cmd, len) == len,
-		    "Folios are not what they have to be: errno %d (%s)", errno,
-		    strerror(errno));
-}
-
-void gmem_pin(int pipe_fd, void *p)
-{
-	struct iovec iov = { .iov_base = p, .iov_len = sizeof(u64) };
-
-	TEST_ASSERT(vmsplice(pipe_fd, &iov, 1, 0) == sizeof(u64), "vmsplice() failed");
+	return NULL;
 }
 
 u64 gmem_host_pfn(const void *p)
