@@ -16,13 +16,13 @@
  * guest keeps large mappings of the rest.  A file that cannot be converted is in whole
  * HugeTLB folios, or in parts if userspace can map it.
  *
- * A change has three steps under filemap_invalidate_lock(), held exclusively:
+ * A change has two steps under filemap_invalidate_lock(), held exclusively:
  *
  * - Prepare: replace the folios that change by placeholders and freeze them.  Split the
  *   placeholder of a folio that splits, so that the page cache has the nodes for the new
- *   folios.  Allocate everything else, wait for references, and for a grace period.
+ *   folios.  Allocate everything else, wait for references, and for a grace period.  If
+ *   that fails, store the old folios again.
  * - Commit: split or merge the folios and store the new ones.  This cannot fail.
- * - Abort: store the old ones.
  *
  * A lookup that finds a placeholder returns at once, where it would spin on a frozen
  * folio.  See guestmem_placeholder.c.
@@ -269,17 +269,20 @@ static void guestmem_split_whole(struct guestmem_allocator *gm, struct hugetlb_s
  * @gm: allocator of the file
  * @index: index of its first page
  *
- * Context: Any.  The caller holds filemap_invalidate_lock(), which keeps the attributes of
- *	    the file from changing.
+ * Context: Any.  For a file that can be converted, the caller holds
+ *	    filemap_invalidate_lock(), which keeps its attributes from changing.
  */
 bool guestmem_split_is_whole(struct guestmem_allocator *gm, pgoff_t index)
 {
 	if (gm->is_mappable)
 		return false;
 
+	if (!gm->may_be_large)
+		return true;
+
 	lockdep_assert_held(&gm->mapping->invalidate_lock);
 
-	return !gm->may_be_large || gm->may_be_large(gm, index, index + (1UL << gm->order));
+	return gm->may_be_large(gm, index, index + (1UL << gm->order));
 }
 
 /* Freeze a new folio: only a PFN walker or memory_failure() can have a reference. */

@@ -93,11 +93,6 @@ void hugetlb_split_release(struct hugetlb_split *split, struct list_head *list);
 void hugetlb_split_free_list(struct list_head *list);
 
 struct hugetlb_split *hugetlb_split_find(struct page *page);
-#else
-static inline struct hugetlb_split *hugetlb_split_find(struct page *page)
-{
-	return NULL;
-}
 #endif /* CONFIG_HUGETLB_SPLIT */
 
 #if defined(CONFIG_HUGETLB_SPLIT) && defined(CONFIG_MEMORY_FAILURE)

@@ -121,6 +121,8 @@ struct guestmem_allocator_operations {
 	 * found.  A single page that is not uptodate has stale contents: the caller has
 	 * to clear or overwrite all of it.
 	 *
+	 * Context: filemap_invalidate_lock() is held if the file can be converted.
+	 *
 	 * Return: The folio, locked and with a reference, or an ERR_PTR(): -ENOMEM or
 	 * -ENOSPC if there is no memory, or an error of the page cache.  On error the
 	 * page at @index is unchanged.

@@ -184,8 +184,10 @@ int gmem_open_optional(struct kvm_vm *vm, const char *name, const char *what)
 {
 	int fd = gmem_open_debugfs(vm, name);
 
-	if (fd < 0)
+	if (fd < 0) {
+		TEST_ASSERT(errno == ENOENT, "Can't open %s in debugfs", name);
 		gmem_left_out(what, "CONFIG_KVM_GMEM_TEST and debugfs");
+	}
 	return fd;
 }
 
