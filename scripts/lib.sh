@@ -324,7 +324,7 @@ unexported()
 	[ -d "$git" ] || return 1
 	if [ -d "$git/rebase-merge" ] || [ -d "$git/rebase-apply" ]; then
 		echo "a rebase or am is in progress there"
-	elif [ -n "$(kgit -C "$series_tree" status --porcelain | head -n 1)" ]; then
+	elif [ -n "$(kgit -C "$series_tree" status --porcelain | sed -n 1p)" ]; then
 		echo "files are changed but not committed there"
 	elif [ "$(kgit -C "$series_tree" symbolic-ref -q HEAD)" != refs/heads/main ]; then
 		echo "its HEAD is not the branch main"
