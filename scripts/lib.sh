@@ -347,7 +347,7 @@ fail()
 {
 	failed=$((failed + 1))
 	printf 'FAIL  %s\n' "$1"
-	[ -z "${2:-}" ] || sed 's/^/      /' "$2" | head -n 60
+	[ -z "${2:-}" ] || sed -n '1,60s/^/      /p' "$2"
 }
 
 # summary: print the last line, return the exit status
