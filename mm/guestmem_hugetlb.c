@@ -19,9 +19,9 @@
  *
  * guestmem_split.c determines the folios of a huge page.
  *
- * A mutex serializes all operations on a huge page, including lookups.  It nests inside
- * filemap_invalidate_lock() and outside the folio lock.  Holding the former shared
- * excludes splitting and merging of the folios that the file has.
+ * A mutex serializes allocation and lookups of a huge page.  It nests outside the folio
+ * lock.  The caller of the operations excludes them while the folios of a huge page are
+ * freed, split or merged.
  *
  * The last reference to a folio can be dropped after the file has gone, in any context.
  * Then free_huge_folio() or free_hugetlb_piece() takes the folio back.  They need the
@@ -37,6 +37,7 @@
 #include <linux/mutex.h>
 #include <linux/pagemap.h>
 #include <linux/sched/mm.h>
+#include <linux/sched/signal.h>
 #include <linux/slab.h>
 
 #include "guestmem_split.h"
@@ -52,6 +53,7 @@
  * @spool: the reservation; allocated pages count as used
  * @rsvd_cgroup: hugetlb cgroup that the reservation is charged to, or NULL
  * @nr_pages: size of the reservation in base pages
+ * @partial: huge pages that are being zeroed, by number of the huge page in the file
  * @mutexes: one for every GUESTMEM_HUGETLB_NR_MUTEXES-th huge page of the file
  */
 struct guestmem_hugetlb {
@@ -59,6 +61,7 @@ struct guestmem_hugetlb {
 	struct hugepage_subpool *spool;
 	struct hugetlb_cgroup *rsvd_cgroup;
 	unsigned long nr_pages;
+	struct xarray partial;
 	/* Serialize changes of a huge page, see guestmem_hugetlb_mutex(). */
 	struct mutex mutexes[GUESTMEM_HUGETLB_NR_MUTEXES];
 };
@@ -87,6 +90,7 @@ static int guestmem_hugetlb_reserve(struct guestmem_allocator *gm, loff_t size)
 
 	gh->h = h;
 	gh->nr_pages = size >> PAGE_SHIFT;
+	xa_init(&gh->partial);
 
 	r = hugetlb_cgroup_charge_cgroup_rsvd(hstate_index(h), gh->nr_pages,
 					      &gh->rsvd_cgroup);
@@ -191,9 +195,56 @@ static struct folio *guestmem_hugetlb_add_whole(struct guestmem_allocator *gm,
 	return folio;
 }
 
+/* Number of base pages to zero between checks for signals. */
+#define GUESTMEM_HUGETLB_NR_ZERO	(SZ_2M >> PAGE_SHIFT)
+
+/* Zero a new huge page.  The index of the folio is the number of pages that are zero. */
+static int guestmem_hugetlb_zero(struct folio *folio, unsigned int state)
+{
+	while (folio->index < folio_nr_pages(folio)) {
+		clear_highpage(folio_page(folio, folio->index));
+		folio->index++;
+		if (folio->index % GUESTMEM_HUGETLB_NR_ZERO)
+			continue;
+		if (folio->index < folio_nr_pages(folio) &&
+		    signal_pending_state(state, current))
+			return -EINTR;
+		cond_resched();
+	}
+
+	return 0;
+}
+
+/*
+ * Get a huge page that is zero.  If a signal interrupts that, keep the page for the next
+ * attempt.
+ */
+static struct folio *guestmem_hugetlb_get_zeroed(struct guestmem_allocator *gm,
+						 pgoff_t index, unsigned int state)
+{
+	struct guestmem_hugetlb *gh = gm->private;
+	struct folio *folio;
+
+	folio = xa_erase(&gh->partial, index >> gm->order);
+	if (!folio) {
+		folio = guestmem_hugetlb_get(gm, index);
+		if (IS_ERR(folio))
+			return folio;
+		folio->index = 0;
+	}
+
+	if (!guestmem_hugetlb_zero(folio, state))
+		return folio;
+
+	if (xa_is_err(xa_store(&gh->partial, index >> gm->order, folio,
+			       GFP_KERNEL_ACCOUNT)))
+		folio_put(folio);
+	return ERR_PTR(-EINTR);
+}
+
 /* Allocate and zero a huge page, and add it to the page cache. */
 static struct folio *guestmem_hugetlb_add(struct guestmem_allocator *gm,
-					  pgoff_t index)
+					  pgoff_t index, unsigned int state)
 {
 	pgoff_t first = round_down(index, 1UL << gm->order);
 	struct folio *folio;
@@ -201,11 +252,10 @@ static struct folio *guestmem_hugetlb_add(struct guestmem_allocator *gm,
 
 	lockdep_assert_held(guestmem_hugetlb_mutex(gm, index));
 
-	folio = guestmem_hugetlb_get(gm, first);
+	folio = guestmem_hugetlb_get_zeroed(gm, first, state);
 	if (IS_ERR(folio))
 		return folio;
 
-	folio_zero_user(folio, 0);
 	if (guestmem_split_is_whole(gm, first))
 		return guestmem_hugetlb_add_whole(gm, folio, first);
 
@@ -217,17 +267,38 @@ static struct folio *guestmem_hugetlb_add(struct guestmem_allocator *gm,
 }
 
 static struct folio *guestmem_hugetlb_allocate(struct guestmem_allocator *gm,
-					       pgoff_t index)
+					       pgoff_t index, unsigned int state)
 {
+	struct mutex *mutex = guestmem_hugetlb_mutex(gm, index);
 	struct folio *folio;
+	int r;
 
-	guard(mutex)(guestmem_hugetlb_mutex(gm, index));
+	r = state == TASK_INTERRUPTIBLE ? mutex_lock_interruptible(mutex) :
+					  mutex_lock_killable(mutex);
+	if (r)
+		return ERR_PTR(r);
 
 	folio = filemap_lock_folio(gm->mapping, index);
-	if (!IS_ERR(folio))
-		return folio;
+	if (IS_ERR(folio))
+		folio = guestmem_hugetlb_add(gm, index, state);
 
-	return guestmem_hugetlb_add(gm, index);
+	mutex_unlock(mutex);
+	return folio;
+}
+
+/* Free the huge pages of a range that have not been zeroed yet. */
+static void guestmem_hugetlb_free_partial(struct guestmem_allocator *gm, pgoff_t start,
+					  pgoff_t end)
+{
+	struct guestmem_hugetlb *gh = gm->private;
+	struct folio *folio;
+	unsigned long nr;
+
+	xa_for_each_range(&gh->partial, nr, folio, start >> gm->order,
+			  (end - 1) >> gm->order) {
+		xa_erase(&gh->partial, nr);
+		folio_put(folio);
+	}
 }
 
 static void guestmem_hugetlb_remove(struct guestmem_allocator *gm, pgoff_t index,
@@ -272,8 +343,10 @@ static void guestmem_hugetlb_free(struct guestmem_allocator *gm, pgoff_t start,
 	LIST_HEAD(list);
 
 	/* An inode that is being evicted has no other users. */
-	lockdep_assert(lockdep_is_held_type(&gm->mapping->invalidate_lock, 0) ||
+	lockdep_assert(lockdep_is_held(gm->change_lock) ||
 		       inode_state_read_once(gm->mapping->host) & I_FREEING);
+
+	guestmem_hugetlb_free_partial(gm, start, end);
 
 	/* Unmap everything first, so that folio batches are drained only once. */
 	unmap_mapping_pages(gm->mapping, start, end - start, false);

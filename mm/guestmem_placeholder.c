@@ -11,6 +11,7 @@
  *
  * The owner of the huge page serializes changes of its entries.
  */
+#include <linux/hugetlb.h>
 #include <linux/pagemap.h>
 #include <linux/rcupdate.h>
 #include <linux/xarray.h>
@@ -39,6 +40,24 @@ void guestmem_store(struct address_space *mapping, pgoff_t index, unsigned int o
 	XA_STATE_ORDER(xas, &mapping->i_pages, index, order);
 
 	guestmem_xas_store(&xas, entry);
+}
+
+/* Replace placeholders by a folio, which is frozen or could not be frozen. */
+void guestmem_insert(struct address_space *mapping, pgoff_t index, struct folio *folio)
+{
+	if (!folio_ref_count(folio)) {
+		folio_mark_uptodate(folio);
+		folio->mapping = mapping;
+		folio->index = index;
+		folio_ref_unfreeze(folio, folio_nr_pages(folio));
+		if (folio_test_hugetlb(folio))
+			folio_clear_hugetlb_frozen(folio);
+	}
+	guestmem_store(mapping, index, folio_order(folio), folio);
+
+	/* memory_failure() cannot tell the file about an error in a frozen folio. */
+	if (unlikely(folio_test_hwpoison(folio)))
+		mapping->a_ops->error_remove_folio(mapping, folio);
 }
 
 /*

@@ -10,6 +10,7 @@ bool guestmem_is_placeholder(struct address_space *mapping, pgoff_t index);
 void guestmem_xas_store(struct xa_state *xas, void *entry);
 void guestmem_store(struct address_space *mapping, pgoff_t index, unsigned int order,
 		    void *entry);
+void guestmem_insert(struct address_space *mapping, pgoff_t index, struct folio *folio);
 int guestmem_prepare_store(struct address_space *mapping, pgoff_t index,
 			   unsigned int order, struct xa_state *store);
 int guestmem_add_placeholder(struct address_space *mapping, pgoff_t index,

@@ -16,7 +16,8 @@
  * guest keeps large mappings of the rest.  A file that cannot be converted is in whole
  * HugeTLB folios, or in parts if userspace can map it.
  *
- * A change has two steps under filemap_invalidate_lock(), held exclusively:
+ * A change of a range has two steps.  Its caller excludes other users of the huge pages
+ * that the range is in:
  *
  * - Prepare: replace the folios that change by placeholders and freeze them.  Split the
  *   placeholder of a folio that splits, so that the page cache has the nodes for the new
@@ -27,8 +28,8 @@
  * A lookup that finds a placeholder returns at once, where it would spin on a frozen
  * folio.  See guestmem_placeholder.c.
  *
- * A new huge page is split before it is in the page cache.  filemap_invalidate_lock() is
- * held shared for that, and the allocator's mutex for the huge page excludes others.
+ * A new huge page is split before it is in the page cache.  The allocator's mutex for the
+ * huge page excludes others.
  */
 #include <linux/guestmem.h>
 #include <linux/hugetlb.h>
@@ -61,6 +62,12 @@ static pgoff_t guestmem_part_size(const struct guestmem_allocator *gm)
 	return 1UL << gm->part_order;
 }
 
+/* Iterate over the parts of the huge page at @index that a change is about. */
+#define guestmem_for_each_part(gm, c, index, i)						\
+	for (i = max(index, round_down((c)->start, guestmem_part_size(gm)));		\
+	     i < min((index) + (1UL << (gm)->order), (c)->end);				\
+	     i += guestmem_part_size(gm))
+
 static struct page *guestmem_page(const struct hugetlb_split *split, pgoff_t index)
 {
 	return split->page + (index - split->change.index);
@@ -92,25 +99,6 @@ static bool guestmem_freeze(struct folio *folio, int refs)
 	if (is_hugetlb)
 		folio_clear_hugetlb_frozen(folio);
 	return false;
-}
-
-/* Replace placeholders by a folio, which is frozen or could not be frozen. */
-static void guestmem_insert(struct address_space *mapping, pgoff_t index,
-			    struct folio *folio)
-{
-	if (!folio_ref_count(folio)) {
-		folio_mark_uptodate(folio);
-		folio->mapping = mapping;
-		folio->index = index;
-		folio_ref_unfreeze(folio, folio_nr_pages(folio));
-		if (folio_test_hugetlb(folio))
-			folio_clear_hugetlb_frozen(folio);
-	}
-	guestmem_store(mapping, index, folio_order(folio), folio);
-
-	/* memory_failure() cannot tell the file about an error in a frozen folio. */
-	if (unlikely(folio_test_hwpoison(folio)))
-		mapping->a_ops->error_remove_folio(mapping, folio);
 }
 
 /* Insert the folios of a split huge page where placeholders are. */
@@ -255,13 +243,11 @@ static void guestmem_split_whole(struct guestmem_allocator *gm, struct hugetlb_s
 	if (gm->part_order < gm->order)
 		trace_guestmem_split(gm->mapping->host, index, gm->order, gm->part_order);
 	hugetlb_split_commit(split);
-	split->change.is_first = false;
 
 	for (i = index; i < end; i += guestmem_part_size(gm)) {
 		if (guestmem_part_splits(gm, c, i))
 			guestmem_split_part(gm, split, i);
 	}
-	guestmem_insert_range(gm, split, index, end);
 }
 
 /**
@@ -269,8 +255,7 @@ static void guestmem_split_whole(struct guestmem_allocator *gm, struct hugetlb_s
  * @gm: allocator of the file
  * @index: index of its first page
  *
- * Context: Any.  For a file that can be converted, the caller holds
- *	    filemap_invalidate_lock(), which keeps its attributes from changing.
+ * Context: Any.  The caller keeps the attributes of the huge page from changing.
  */
 bool guestmem_split_is_whole(struct guestmem_allocator *gm, pgoff_t index)
 {
@@ -279,8 +264,6 @@ bool guestmem_split_is_whole(struct guestmem_allocator *gm, pgoff_t index)
 
 	if (!gm->may_be_large)
 		return true;
-
-	lockdep_assert_held(&gm->mapping->invalidate_lock);
 
 	return gm->may_be_large(gm, index, index + (1UL << gm->order));
 }
@@ -305,20 +288,17 @@ static int guestmem_freeze_new(struct folio *folio)
  * @folio: HugeTLB folio, zeroed, with one reference, which this takes over
  * @index: index of its first page
  *
- * Context: May sleep.  The caller holds filemap_invalidate_lock(), which keeps the
- *	    attributes of the file from changing, and the allocator's mutex for the huge
- *	    page.
+ * Context: May sleep.  The caller keeps the attributes of the huge page from changing,
+ *	    and holds the allocator's mutex for it.
  * Return: 0, -ENOMEM, -EINTR if the task is being killed, or -EHWPOISON if the page has a
  *	   memory error.  On error the reference to @folio has been dropped.
  */
 int guestmem_split_add(struct guestmem_allocator *gm, struct folio *folio, pgoff_t index)
 {
 	struct hugetlb_split *split;
-	int r;
+	LIST_HEAD(list);
+	int r = -ENOMEM;
 
-	lockdep_assert_held(&gm->mapping->invalidate_lock);
-
-	r = -ENOMEM;
 	split = hugetlb_split_prepare(folio, gm->part_order, gm->is_mappable);
 	if (!split)
 		goto err_put;
@@ -338,6 +318,10 @@ int guestmem_split_add(struct guestmem_allocator *gm, struct folio *folio, pgoff
 		goto err_del;
 
 	guestmem_split_whole(gm, split, NULL);
+	list_add(&split->change.node, &list);
+	hugetlb_split_flush(&list);
+	list_del(&split->change.node);
+	guestmem_insert_range(gm, split, index, index + (1UL << gm->order));
 	return 0;
 
 err_del:
@@ -469,14 +453,15 @@ static int guestmem_prepare_split_page(struct guestmem_allocator *gm,
 
 	split = folio->private;
 	guestmem_change_add(gm, c, split, index, false);
-	for (i = max(index, round_down(c->start, guestmem_part_size(gm)));
-	     !r && i < min(end, c->end); i += guestmem_part_size(gm)) {
+	guestmem_for_each_part(gm, c, index, i) {
 		folio = xa_load(&gm->mapping->i_pages, i);
 		if (!folio_test_large(folio))
 			continue;
 		r = guestmem_freeze_for_split(gm, c, split, i, i + guestmem_part_size(gm));
 		if (!r)
 			r = guestmem_prepare_part(gm, split, i);
+		if (r)
+			break;
 	}
 
 	return r;
@@ -502,7 +487,7 @@ static int guestmem_freeze_for_merge(struct guestmem_allocator *gm,
 	return r;
 }
 
-/* Prepare to merge the huge page at @index, or else its parts, if in the range. */
+/* Prepare to merge the huge page at @index, or else those of its parts that can be. */
 static int guestmem_prepare_merge_page(struct guestmem_allocator *gm,
 				       struct guestmem_change *c, pgoff_t index)
 {
@@ -516,7 +501,7 @@ static int guestmem_prepare_merge_page(struct guestmem_allocator *gm,
 
 	split = folio->private;
 	guestmem_change_add(gm, c, split, index, false);
-	if (c->start <= index && c->end >= end) {
+	if (gm->may_be_large(gm, index, end)) {
 		r = guestmem_freeze_for_merge(gm, c, split, index, end);
 		if (r)
 			return r;
@@ -527,10 +512,11 @@ static int guestmem_prepare_merge_page(struct guestmem_allocator *gm,
 						      &split->change.store);
 	}
 
-	for (i = max(index, round_up(c->start, size)); !r && i + size <= min(end, c->end);
-	     i += size) {
-		if (!folio_test_large(xa_load(&gm->mapping->i_pages, i)))
+	for (i = index; !r && i < end; i += size) {
+		if (!folio_test_large(xa_load(&gm->mapping->i_pages, i)) &&
+		    gm->may_be_large(gm, i, i + size))
 			r = guestmem_freeze_for_merge(gm, c, split, i, i + size);
+		cond_resched();
 	}
 
 	return r;
@@ -571,7 +557,7 @@ static int guestmem_prepare(struct guestmem_allocator *gm, struct guestmem_chang
 	pgoff_t index, size = 1UL << gm->order;
 	int r = 0;
 
-	lockdep_assert_held_write(&gm->mapping->invalidate_lock);
+	lockdep_assert_held(gm->change_lock);
 
 	c->start = start;
 	c->end = end;
@@ -608,31 +594,22 @@ int guestmem_split_prepare_split(struct guestmem_allocator *gm, struct guestmem_
 int guestmem_split_prepare_merge(struct guestmem_allocator *gm, struct guestmem_change *c,
 				 pgoff_t start, pgoff_t end)
 {
-	pgoff_t size = guestmem_part_size(gm);
-
-	/* Most changes are small: do not look at folios if no part is in the range. */
-	if (round_up(start, size) + size > end)
-		end = 0;
-
 	return guestmem_prepare(gm, c, start, end, true);
 }
 
+/* Merge the huge page unless there is an error since its folios were frozen. */
 static void guestmem_merge_whole(struct guestmem_allocator *gm, struct hugetlb_split *split)
 {
 	pgoff_t index = split->change.index, end = index + (1UL << gm->order);
 
-	/* There may be an error since the folios were frozen. */
 	if (guestmem_range_has_poison(split, index, end)) {
-		guestmem_insert_range(gm, split, index, end);
-		xas_destroy(&split->change.store);
+		split->change.is_merge = false;
 		return;
 	}
 
 	trace_guestmem_merge(gm->mapping->host, index,
 			     gm->part_order < gm->order ? gm->part_order : 0, gm->order);
-	guestmem_merge_placeholders(gm, index);
-	guestmem_xas_store(&split->change.store, filemap_placeholder());
-	guestmem_insert(gm->mapping, index, hugetlb_split_merge(split));
+	hugetlb_split_merge(split);
 }
 
 /* Split or merge the part at @index if it is frozen. */
@@ -651,34 +628,72 @@ static void guestmem_commit_part(struct guestmem_allocator *gm, struct guestmem_
 		trace_guestmem_merge(gm->mapping->host, index, 0, gm->part_order);
 		hugetlb_split_merge_part(split, guestmem_page(split, index));
 	}
-	guestmem_insert_range(gm, split, index, end);
+}
+
+/* Split or merge the folios of a huge page. */
+static void guestmem_commit_page(struct guestmem_allocator *gm, struct guestmem_change *c,
+				 struct hugetlb_split *split)
+{
+	pgoff_t index = split->change.index, i;
+
+	if (split->change.is_first) {
+		guestmem_split_whole(gm, split, c);
+		return;
+	}
+
+	if (split->change.is_merge) {
+		guestmem_merge_whole(gm, split);
+		return;
+	}
+
+	guestmem_for_each_part(gm, c, index, i)
+		guestmem_commit_part(gm, c, split, i);
+}
+
+/* Insert the folios of a huge page that have been split or merged. */
+static void guestmem_insert_page(struct guestmem_allocator *gm, struct guestmem_change *c,
+				 struct hugetlb_split *split)
+{
+	pgoff_t index = split->change.index, size = guestmem_part_size(gm), i;
+
+	if (split->change.is_merge) {
+		guestmem_merge_placeholders(gm, index);
+		guestmem_xas_store(&split->change.store, filemap_placeholder());
+		guestmem_insert(gm->mapping, index, hugetlb_split_finish_merge(split));
+		return;
+	}
+
+	xas_destroy(&split->change.store);
+	if (split->change.is_first) {
+		split->change.is_first = false;
+		guestmem_insert_range(gm, split, index, index + (1UL << gm->order));
+		return;
+	}
+
+	guestmem_for_each_part(gm, c, index, i) {
+		if (guestmem_is_placeholder(gm->mapping, i))
+			guestmem_insert_range(gm, split, i, i + size);
+	}
 }
 
 /* &guestmem_allocator_operations.commit */
 void guestmem_split_commit(struct guestmem_allocator *gm, struct guestmem_change *c)
 {
 	struct hugetlb_split *split, *next;
-	pgoff_t i, start, end;
 
-	lockdep_assert_held_write(&gm->mapping->invalidate_lock);
+	lockdep_assert_held(gm->change_lock);
+
+	list_for_each_entry(split, &c->splits, change.node) {
+		guestmem_commit_page(gm, c, split);
+		cond_resched();
+	}
+
+	hugetlb_split_flush(&c->splits);
 
 	list_for_each_entry_safe(split, next, &c->splits, change.node) {
 		list_del(&split->change.node);
+		guestmem_insert_page(gm, c, split);
 		cond_resched();
-
-		if (split->change.is_first) {
-			guestmem_split_whole(gm, split, c);
-			continue;
-		}
-		if (split->change.is_merge) {
-			guestmem_merge_whole(gm, split);
-			continue;
-		}
-
-		start = round_down(c->start, guestmem_part_size(gm));
-		end = min(split->change.index + (1UL << gm->order), c->end);
-		for (i = max(split->change.index, start); i < end; i += guestmem_part_size(gm))
-			guestmem_commit_part(gm, c, split, i);
 	}
 }
 

@@ -111,16 +111,19 @@ static void init_frozen_folio(const struct hugetlb_split *split, struct page *pa
 static void split_optimized_block(struct hugetlb_split *split, struct page *page,
 				  unsigned int old_order, unsigned int order)
 {
+	struct page *alias = hugetlb_vmemmap_alias(page);
 	unsigned long i;
 
-	for (i = 0; i < HUGETLB_VMEMMAP_RESERVE_PAGES; i += 1UL << order)
-		init_frozen_folio(split, page + i, order);
+	if (order) {
+		init_frozen_folio(split, page, order);
+	} else {
+		/* A base page has no pointers, and @page may have been remapped. */
+		for (i = 0; i < HUGETLB_VMEMMAP_RESERVE_PAGES; i++)
+			reset_struct_page(alias + i);
+	}
 
-	hugetlb_vmemmap_set_parts(page, old_order, order, &split->vmemmap_pages);
-
-	/* A copied list head points to the original. */
-	for (i = 0; order && i < 1UL << old_order; i += 1UL << order)
-		prep_compound_head(page + i, order);
+	hugetlb_vmemmap_set_parts(page, old_order, order, alias, &split->vmemmap_pages);
+	split->need_flush = true;
 }
 
 /* Split a frozen folio of @old_order into frozen folios of @order. */
@@ -136,6 +139,8 @@ static void split_block(struct hugetlb_split *split, struct page *page,
 		}
 		/* Restore all of the vmemmap, and initialize larger folios in it. */
 		split_optimized_block(split, page, old_order, 0);
+		hugetlb_vmemmap_flush(page, page + (1UL << old_order));
+		split->need_flush = false;
 	}
 
 	for (i = 0; i < 1UL << old_order; i += 1UL << order) {
@@ -149,9 +154,41 @@ static void split_block(struct hugetlb_split *split, struct page *page,
 static void merge_block(struct hugetlb_split *split, struct page *page, unsigned int order)
 {
 	init_frozen_folio(split, page, order);
-	if (hugetlb_split_is_optimized(split, order))
-		hugetlb_vmemmap_set_parts(page, order, order, &split->vmemmap_pages);
-	hugetlb_vmemmap_free_pages(&split->vmemmap_pages);
+	if (hugetlb_split_is_optimized(split, order)) {
+		hugetlb_vmemmap_set_parts(page, order, order, hugetlb_vmemmap_alias(page),
+					  &split->vmemmap_pages);
+		split->need_flush = true;
+	}
+}
+
+/**
+ * hugetlb_split_flush - flush TLBs after huge pages have been split or merged
+ * @list: the huge pages, linked by &hugetlb_split_change.node
+ *
+ * Struct pages that a split or merge has changed can be used from now on.
+ *
+ * Context: May sleep.
+ */
+void hugetlb_split_flush(struct list_head *list)
+{
+	struct page *first = NULL, *end = NULL, *split_end;
+	struct hugetlb_split *split;
+
+	list_for_each_entry(split, list, change.node) {
+		if (!split->need_flush)
+			continue;
+
+		split_end = split->page + pages_per_huge_page(split->h);
+		first = first ? min(first, split->page) : split->page;
+		end = max(end, split_end);
+		split->need_flush = false;
+	}
+
+	if (first)
+		hugetlb_vmemmap_flush(first, end);
+
+	list_for_each_entry(split, list, change.node)
+		hugetlb_vmemmap_free_pages(&split->vmemmap_pages);
 }
 
 /**
@@ -174,10 +211,14 @@ void hugetlb_split_free_list(struct list_head *list)
 	if (optimized)
 		synchronize_rcu_expedited();
 
+	list_for_each_entry(split, list, change.node)
+		hugetlb_split_merge(split);
+	hugetlb_split_flush(list);
+
 	list_for_each_entry_safe(split, next, list, change.node) {
 		list_del(&split->change.node);
 		h = split->h;
-		folio = hugetlb_split_merge(split);
+		folio = hugetlb_split_finish_merge(split);
 
 		/* Decrement first: a page back in the pool must not be counted as waiting. */
 		atomic_long_dec(&h->waiting_huge_pages);
@@ -263,7 +304,8 @@ void hugetlb_split_abort(struct hugetlb_split *split)
  * hugetlb_split_commit - split a HugeTLB folio into parts
  * @split: from hugetlb_split_prepare(); the folio is frozen
  *
- * The parts are frozen on return.
+ * The parts are frozen on return.  hugetlb_split_flush() is needed before their struct
+ * pages are used, other than by hugetlb_split_part().
  *
  * Context: May sleep, takes hugetlb_lock.
  */
@@ -320,7 +362,8 @@ int hugetlb_split_prepare_part(struct hugetlb_split *split, struct page *page)
  * @split: the huge page
  * @page: first page of the part, which is frozen and has been prepared
  *
- * The pieces are frozen on return.
+ * The pieces are frozen on return.  hugetlb_split_flush() is needed before their struct
+ * pages are used.
  *
  * Context: May sleep.
  */
@@ -334,7 +377,8 @@ void hugetlb_split_part(struct hugetlb_split *split, struct page *page)
  * @split: the huge page
  * @page: first page of the part, whose pieces are all frozen
  *
- * The part is frozen on return.
+ * The part is frozen on return.  hugetlb_split_flush() is needed before its struct pages
+ * are used.
  *
  * Context: May sleep.  If @split is optimized, an RCU grace period has passed since the
  *	    last piece was frozen and removed from the page cache.
@@ -346,19 +390,31 @@ void hugetlb_split_merge_part(struct hugetlb_split *split, struct page *page)
 
 /**
  * hugetlb_split_merge - merge all of a huge page
- * @split: the huge page, whose folios are all frozen; freed
+ * @split: the huge page, whose folios are all frozen
  *
- * Context: As for hugetlb_split_merge_part(), takes hugetlb_lock.
+ * hugetlb_split_flush() and hugetlb_split_finish_merge() are needed before the folio is
+ * used.
+ *
+ * Context: As for hugetlb_split_merge_part().
+ */
+void hugetlb_split_merge(struct hugetlb_split *split)
+{
+	/* The HugeTLB folio is optimized again, its parts need not have been. */
+	split->is_mappable = false;
+	merge_block(split, split->page, huge_page_order(split->h));
+}
+
+/**
+ * hugetlb_split_finish_merge - make a HugeTLB folio of a huge page that has been merged
+ * @split: the huge page; freed
+ *
+ * Context: Process context, takes hugetlb_lock.
  * Return: The HugeTLB folio that was split, frozen.
  */
-struct folio *hugetlb_split_merge(struct hugetlb_split *split)
+struct folio *hugetlb_split_finish_merge(struct hugetlb_split *split)
 {
 	struct folio *folio = page_folio(split->page);
 	struct hstate *h = split->h;
-
-	/* The HugeTLB folio is optimized again, its parts need not have been. */
-	split->is_mappable = false;
-	merge_block(split, split->page, huge_page_order(h));
 
 	spin_lock_irq(&hugetlb_lock);
 	__folio_set_hugetlb(folio);

@@ -46,13 +46,14 @@ struct hugetlb_split_change {
  * @hwpoison: some page has a memory error
  * @raw_hwp_list: the pages with errors, see raw_hwp_list_head()
  * @vmemmap_pages: vmemmap pages that have been allocated for a change or are left over
+ * @need_flush: TLBs have to be flushed, see hugetlb_split_flush()
  * @nr_out: number of base pages in folios that left their file but have references,
  *	    plus one until hugetlb_split_release()
  * @free_work: merges and frees the page
  * @change: state of the change in progress
  *
  * A split exists from hugetlb_split_prepare() to hugetlb_split_abort(), or from
- * hugetlb_split_commit() to hugetlb_split_merge().  In the latter period it holds the
+ * hugetlb_split_commit() to hugetlb_split_finish_merge().  In the latter period it holds the
  * state of the HugeTLB folio, which hugetlb_lock protects: @flags to @raw_hwp_list.
  */
 struct hugetlb_split {
@@ -73,6 +74,7 @@ struct hugetlb_split {
 	struct llist_head raw_hwp_list;
 
 	struct list_head vmemmap_pages;
+	bool need_flush;
 	atomic_long_t nr_out;
 	struct work_struct free_work;
 
@@ -87,7 +89,9 @@ void hugetlb_split_commit(struct hugetlb_split *split);
 int hugetlb_split_prepare_part(struct hugetlb_split *split, struct page *page);
 void hugetlb_split_part(struct hugetlb_split *split, struct page *page);
 void hugetlb_split_merge_part(struct hugetlb_split *split, struct page *page);
-struct folio *hugetlb_split_merge(struct hugetlb_split *split);
+void hugetlb_split_merge(struct hugetlb_split *split);
+void hugetlb_split_flush(struct list_head *list);
+struct folio *hugetlb_split_finish_merge(struct hugetlb_split *split);
 void hugetlb_split_clear_mlocked(struct folio *folio);
 void hugetlb_split_release(struct hugetlb_split *split, struct list_head *list);
 void hugetlb_split_free_list(struct list_head *list);

@@ -15,6 +15,7 @@
 struct address_space;
 struct folio;
 struct guestmem_allocator_operations;
+struct mutex;
 struct page;
 struct shared_policy;
 
@@ -23,6 +24,7 @@ struct shared_policy;
  * @ops: operations of the allocator
  * @mapping: page cache of the file, which holds every folio that is allocated
  * @policy: NUMA policies that userspace set for ranges of the file
+ * @change_lock: held by the caller of an operation that changes a range of the file
  * @order: the page size of the file is PAGE_SIZE << @order
  * @is_mappable: userspace can map all of the file, and that cannot change
  * @may_be_large: tells whether a folio may cover [start, end); NULL if the attributes of
@@ -38,6 +40,7 @@ struct guestmem_allocator {
 	const struct guestmem_allocator_operations *ops;
 	struct address_space *mapping;
 	struct shared_policy *policy;
+	struct mutex *change_lock;
 	unsigned int order;
 	bool is_mappable;
 	bool (*may_be_large)(struct guestmem_allocator *gm, pgoff_t start, pgoff_t end);
@@ -77,15 +80,18 @@ struct guestmem_change {
  * All operations but @max_order may sleep.  An operation can be NULL if an allocator has
  * nothing to do for it, @allocate and @free excepted.
  *
- * A lookup of a page that is being added or removed waits for that to end: two callers
- * of @allocate for the same page get the same folio, and neither fails because of the
- * other.  This needs a rule for callers of @allocate: drop the reference before the
+ * @free, @prepare_split, @prepare_merge and @commit change a range of the file.  Their
+ * caller holds &guestmem_allocator.change_lock and excludes @allocate in all pages of the
+ * file that the range is in.  The rest of the file can be allocated meanwhile.
+ *
+ * Two callers of @allocate for the same page get the same folio, and neither fails because
+ * of the other.  This needs a rule for callers of @allocate: drop the reference before the
  * folio lock.  The page cache keeps the folio alive until then, and the next holder of
  * the lock, which may free the memory, finds no stray reference.
  *
  * Lock order::
  *
- *	filemap_invalidate_lock(), if the caller holds it
+ *	&guestmem_allocator.change_lock, or a lock that excludes changes of the page
  *	  mutex of the allocator for a page of the file
  *	    folio lock
  */
@@ -114,6 +120,9 @@ struct guestmem_allocator_operations {
 	/**
 	 * @allocate: Get the folio for the page at @index of the file.
 	 *
+	 * Zeroing a huge page takes long, and ends early if there is a signal that ends a
+	 * sleep in @state.  The next call for the page continues where this one stopped.
+	 *
 	 * Looks up the folio, or else allocates it according to @policy or the policy
 	 * of the calling task, and adds it to @mapping.
 	 *
@@ -121,13 +130,14 @@ struct guestmem_allocator_operations {
 	 * found.  A single page that is not uptodate has stale contents: the caller has
 	 * to clear or overwrite all of it.
 	 *
-	 * Context: filemap_invalidate_lock() is held if the file can be converted.
+	 * Context: The caller excludes changes of the page.
 	 *
 	 * Return: The folio, locked and with a reference, or an ERR_PTR(): -ENOMEM or
-	 * -ENOSPC if there is no memory, or an error of the page cache.  On error the
+	 * -ENOSPC if there is no memory, -EINTR, or an error of the page cache.  On error the
 	 * page at @index is unchanged.
 	 */
-	struct folio *(*allocate)(struct guestmem_allocator *gm, pgoff_t index);
+	struct folio *(*allocate)(struct guestmem_allocator *gm, pgoff_t index,
+				  unsigned int state);
 
 	/**
 	 * @free: Remove the pages in [@start, @end) from the file.
@@ -137,8 +147,7 @@ struct guestmem_allocator_operations {
 	 * are dropped.  Memory that goes back before @unreserve is reserved for the file
 	 * again.
 	 *
-	 * Context: filemap_invalidate_lock() is held exclusively, or the inode is being
-	 * evicted.
+	 * Context: The caller makes a change, or evicts the inode.
 	 */
 	void (*free)(struct guestmem_allocator *gm, pgoff_t start, pgoff_t end);
 
@@ -163,7 +172,7 @@ struct guestmem_allocator_operations {
 	 * The folios that change are frozen and cannot be found until @commit.  So the
 	 * caller prepares everything else before, and always calls @commit after success.
 	 *
-	 * Context: filemap_invalidate_lock() is held exclusively until @commit.
+	 * Context: The caller makes a change, which includes @commit.
 	 *
 	 * Return: 0, -ENOMEM, -EINTR if the task is being killed, or -EAGAIN if the
 	 * folio at @change->busy has a reference.  On error the folios are as before.
@@ -174,10 +183,12 @@ struct guestmem_allocator_operations {
 	/**
 	 * @prepare_merge: Prepare to merge the folios in [@start, @end).
 	 *
-	 * A page of the file is merged if all of it is in the range, else each part of
-	 * @part_order is.  Folios with memory errors stay as they are.
+	 * Both are multiples of the page size of the file.  A page of the file is merged
+	 * if @may_be_large allows that, else each part of @part_order for which it does.
+	 * Folios with memory errors stay as they are.
 	 *
-	 * Context: As for @prepare_split.  No page of the range is mapped to userspace.
+	 * Context: As for @prepare_split.  No page that can be merged is mapped to
+	 * userspace.
 	 *
 	 * Return: As for @prepare_split.
 	 */

@@ -17,16 +17,17 @@
  *
  * A lookup of one index thus also returns how far its attributes extend.
  *
- * The mapping's invalidate_lock protects the tree.  It is held exclusively from
+ * The file's change_lock protects the tree.  It is held from
  * kvm_gmem_attributes_prepare() to the commit or abort, so that the prepared
  * change still fits.  A lookup needs RCU only, and then returns the state at
  * some point during the call.  A caller that needs a stable result holds the
- * lock, or checks mmu_invalidate_seq afterward, as vCPU faults do.
+ * lock, locks the page by kvm_gmem_range_lock(), or checks mmu_invalidate_seq
+ * afterward.
  */
 #include <linux/kvm.h>
 #include <linux/kvm_types.h>
+#include <linux/mutex.h>
 #include <linux/rcupdate.h>
-#include <linux/rwsem.h>
 #include <linux/xarray.h>
 
 #include "gmem_attributes.h"
@@ -45,14 +46,14 @@ static u64 entry_to_attributes(void *entry)
 /**
  * kvm_gmem_attributes_init - Initialize the attributes of a new file
  * @ga: attributes to initialize
- * @lock: protects @ga, normally the invalidate_lock of the file's mapping
+ * @lock: protects @ga, normally the change_lock of the file
  * @nr_pages: size of the file, at least 1
  * @attributes: KVM_MEMORY_ATTRIBUTE_* of all pages
  *
  * Context: May sleep, takes @lock.  No other task can access @ga yet.
  * Return: 0 or -ENOMEM.  On error there is nothing to destroy.
  */
-int kvm_gmem_attributes_init(struct gmem_attributes *ga, struct rw_semaphore *lock,
+int kvm_gmem_attributes_init(struct gmem_attributes *ga, struct mutex *lock,
 			     pgoff_t nr_pages, u64 attributes)
 {
 	MA_STATE(mas, &ga->tree, 0, nr_pages - 1);
@@ -62,10 +63,10 @@ int kvm_gmem_attributes_init(struct gmem_attributes *ga, struct rw_semaphore *lo
 	mt_init_flags(&ga->tree, MT_FLAGS_LOCK_EXTERN | MT_FLAGS_USE_RCU);
 	mt_set_external_lock(&ga->tree, lock);
 
-	down_write(lock);
+	mutex_lock(lock);
 	r = mas_store_gfp(&mas, attributes_to_entry(attributes),
 			  GFP_KERNEL_ACCOUNT);
-	up_write(lock);
+	mutex_unlock(lock);
 
 	return r;
 }
@@ -145,9 +146,8 @@ bool kvm_gmem_attributes_are(struct gmem_attributes *ga, pgoff_t start, pgoff_t 
  * The change merges neighboring ranges that have the same attributes:
  * @mas->index to @mas->last is the range that has @attributes after the commit.
  *
- * Context: May sleep if @gfp allows it.  The caller holds the lock exclusively
- *	    until it commits or aborts the change, and makes one change at a
- *	    time.
+ * Context: May sleep if @gfp allows it.  The caller holds the lock until it
+ *	    commits or aborts the change, and makes one change at a time.
  * Return: 0, -EALREADY if there is nothing to change, or -ENOMEM.  On error
  *	   nothing has changed and there is nothing to abort.
  */
@@ -196,7 +196,7 @@ int kvm_gmem_attributes_prepare(struct gmem_attributes *ga, struct ma_state *mas
  * @mas: from kvm_gmem_attributes_prepare()
  * @attributes: as passed to kvm_gmem_attributes_prepare()
  *
- * Context: The caller has held the lock exclusively since the preparation.
+ * Context: The caller has held the lock since the preparation.
  */
 void kvm_gmem_attributes_commit(struct ma_state *mas, u64 attributes)
 {

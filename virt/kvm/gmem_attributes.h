@@ -5,7 +5,7 @@
 #include <linux/maple_tree.h>
 #include <linux/types.h>
 
-struct rw_semaphore;
+struct mutex;
 
 /**
  * struct gmem_attributes - attributes of all pages of a guest_memfd file
@@ -30,7 +30,7 @@ struct gmem_attributes_range {
 	u64 attributes;
 };
 
-int kvm_gmem_attributes_init(struct gmem_attributes *ga, struct rw_semaphore *lock,
+int kvm_gmem_attributes_init(struct gmem_attributes *ga, struct mutex *lock,
 			     pgoff_t nr_pages, u64 attributes);
 void kvm_gmem_attributes_destroy(struct gmem_attributes *ga);
 

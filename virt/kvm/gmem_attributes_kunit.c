@@ -10,7 +10,7 @@
 #include <linux/bitmap.h>
 #include <linux/fault-inject.h>
 #include <linux/kvm.h>
-#include <linux/rwsem.h>
+#include <linux/mutex.h>
 #include <linux/sizes.h>
 
 #include "gmem_attributes.h"
@@ -23,7 +23,7 @@
 
 struct gmem_attributes_fixture {
 	struct gmem_attributes ga;
-	struct rw_semaphore lock;
+	struct mutex lock;
 };
 
 static int gmem_attributes_test_init(struct kunit *test)
@@ -32,7 +32,7 @@ static int gmem_attributes_test_init(struct kunit *test)
 
 	f = kunit_kzalloc(test, sizeof(*f), GFP_KERNEL);
 	KUNIT_ASSERT_NOT_NULL(test, f);
-	init_rwsem(&f->lock);
+	mutex_init(&f->lock);
 	test->priv = f;
 	return 0;
 }
@@ -62,13 +62,13 @@ static void set(struct kunit *test, pgoff_t start, pgoff_t end, u64 attributes)
 	struct ma_state mas;
 	int want, r;
 
-	down_write(&f->lock);
+	mutex_lock(&f->lock);
 	want = kvm_gmem_attributes_are(&f->ga, start, end, attributes) ? -EALREADY : 0;
 	r = kvm_gmem_attributes_prepare(&f->ga, &mas, start, end, attributes,
 					GFP_KERNEL);
 	if (!r)
 		kvm_gmem_attributes_commit(&mas, attributes);
-	up_write(&f->lock);
+	mutex_unlock(&f->lock);
 	KUNIT_ASSERT_EQ(test, want, r);
 }
 
@@ -263,12 +263,12 @@ static void aborted_change_is_none(struct kunit *test)
 	for (start = 0; start < SMALL_PAGES; start++) {
 		for (end = start + 1; end <= SMALL_PAGES; end++) {
 			want = start >= 2 && end <= 4 ? -EALREADY : 0;
-			down_write(&f->lock);
+			mutex_lock(&f->lock);
 			r = kvm_gmem_attributes_prepare(&f->ga, &mas, start, end,
 							PRIVATE, GFP_KERNEL);
 			if (!r)
 				kvm_gmem_attributes_abort(&mas);
-			up_write(&f->lock);
+			mutex_unlock(&f->lock);
 			KUNIT_EXPECT_EQ(test, want, r);
 			expect_small(test, state);
 		}
@@ -283,14 +283,14 @@ static bool prepare_fails(struct kunit *test, pgoff_t index)
 	struct ma_state mas;
 	int r;
 
-	down_write(&f->lock);
+	mutex_lock(&f->lock);
 	current->fail_nth = 1;
 	r = kvm_gmem_attributes_prepare(&f->ga, &mas, index, index + 1, SHARED,
 					GFP_NOWAIT);
 	current->fail_nth = 0;
 	if (!r)
 		kvm_gmem_attributes_abort(&mas);
-	up_write(&f->lock);
+	mutex_unlock(&f->lock);
 
 	KUNIT_EXPECT_TRUE(test, !r || r == -ENOMEM);
 	return r;

@@ -16,7 +16,7 @@
  * unevictable and there is no storage to write back to.
  */
 static struct folio *kvm_gmem_base_allocate(struct guestmem_allocator *gm,
-					    pgoff_t index)
+					    pgoff_t index, unsigned int state)
 {
 	struct address_space *mapping = gm->mapping;
 	struct mempolicy *policy;

@@ -9,23 +9,23 @@
  * A conversion changes all of a range, or nothing.  It has three steps:
  *
  * - Prepare: allocate the memory for the change.  If memory becomes private,
- *   unmap it from the host and check that it has no other users.  Last, let the
- *   allocator freeze the folios that split or merge.  This can fail.  Then the
- *   only effect is that the host has to fault the memory in again.
- * - Commit: unmap the range from all guests, notify the architecture, split or
- *   merge folios, and change the attributes.  This cannot fail.
+ *   unmap it from the host and check that it has no other users.  If it becomes
+ *   shared, let the allocator freeze the folios that split.  This can fail.  Then
+ *   the only effect is that the host has to fault the memory in again.
+ * - Commit: unmap the range from all guests, notify the architecture, split
+ *   folios, and change the attributes.  This cannot fail.  Folios merge later, see
+ *   gmem_merge.c.
  * - Abort: free the memory allocated by prepare.  The allocator has put folios
  *   back if it has failed.
  *
- * The mapping's invalidate_lock is held exclusively throughout.  It keeps new
- * users away: faults of the host and of guests take it shared and check the
- * attributes under it.  Faults that took the lock earlier are harmless:
+ * The range is marked as changing throughout, which keeps new users away, see
+ * gmem_range.c.  Faults that began earlier are harmless:
  *
  * - A fault of the host holds the folio lock until it has written the page
  *   table entry.  Once the conversion has locked the folio, the fault has
  *   mapped it, so that it can be unmapped, or the fault does not map it at all.
- * - A fault of a guest drops its reference before the lock, and then detects
- *   the conversion by mmu_invalidate_seq.
+ * - A fault of a guest drops its reference before the lock of the page, and then
+ *   detects by mmu_invalidate_seq that the range was unmapped.
  *
  * The remaining references are of two kinds.  A long-term pin allows writes to
  * the page whatever its attributes are, so it fails the conversion.  A
@@ -37,15 +37,20 @@
 #include <linux/kvm_host.h>
 #include <linux/pagemap.h>
 #include <linux/sched/signal.h>
+#include <linux/sched/stat.h>
 #include <linux/swap.h>
 
 #include <trace/events/kvm.h>
 
 #include "guest_memfd.h"
 
-/* Interval and number of the waits for references: 10 ms in total. */
-#define GMEM_CONVERT_WAIT_US	100
-#define GMEM_CONVERT_NR_WAITS	100
+/*
+ * Interval of the waits for references, and their number: 10 ms in total on a CPU
+ * that has time for the holder of a reference, and 100 ms on a busy one.
+ */
+#define GMEM_WAIT_US		100
+#define GMEM_NR_WAITS		100
+#define GMEM_NR_BUSY_WAITS	1000
 
 /*
  * Number of deferred folios that causes a recheck of all of them.  One more
@@ -60,9 +65,9 @@
  * @end: index after the last page
  * @attributes: new KVM_MEMORY_ATTRIBUTE_* of the range
  * @mas: the new attributes, ready to be stored
- * @folios: the folios that the allocator has to split or merge
+ * @folios: the folios that the allocator has to split
  * @drained: state of the per-CPU folio batches
- * @nr_waits: number of waits for references
+ * @waits_spent: waits for references, see kvm_gmem_wait_for_reference()
  * @busy: indices of folios that had references, in ascending order
  * @nr_busy: number of indices in @busy
  * @run_pfn: first of a run of contiguous pages that become shared
@@ -77,7 +82,7 @@ struct gmem_conversion {
 	struct ma_state mas;
 	struct guestmem_change folios;
 	enum lru_cache_drained drained;
-	unsigned int nr_waits;
+	unsigned int waits_spent;
 	pgoff_t busy[GMEM_CONVERT_NR_BUSY + FOLIO_BATCH_SIZE];
 	unsigned int nr_busy;
 	kvm_pfn_t run_pfn;
@@ -103,16 +108,18 @@ static bool kvm_gmem_convert_is_unused(struct folio *folio)
 }
 
 /*
- * Wait briefly for a reference.  Limit the number of waits, not the elapsed
- * time: a conversion of a large range on a busy system meets many short-term
- * references.
+ * Wait briefly for a reference.  Limit the number of waits, not the elapsed time: a
+ * change of a large range meets many short-term references.  A preempted task drops
+ * its reference only when it runs again, so waits count less if it had to compete
+ * for the CPU.
  */
-static bool kvm_gmem_convert_wait(struct gmem_conversion *c)
+bool kvm_gmem_wait_for_reference(unsigned int *spent)
 {
-	if (c->nr_waits++ >= GMEM_CONVERT_NR_WAITS)
+	if (*spent >= GMEM_NR_BUSY_WAITS)
 		return false;
 
-	usleep_range(GMEM_CONVERT_WAIT_US / 2, GMEM_CONVERT_WAIT_US);
+	usleep_range(GMEM_WAIT_US / 2, GMEM_WAIT_US);
+	*spent += single_task_running() ? GMEM_NR_BUSY_WAITS / GMEM_NR_WAITS : 1;
 	return true;
 }
 
@@ -130,7 +137,7 @@ static int kvm_gmem_convert_check_busy(struct gmem_conversion *c)
 
 		do {
 			unused = kvm_gmem_convert_is_unused(folio);
-		} while (!unused && kvm_gmem_convert_wait(c));
+		} while (!unused && kvm_gmem_wait_for_reference(&c->waits_spent));
 		folio_put(folio);
 
 		if (!unused) {
@@ -235,7 +242,9 @@ static int kvm_gmem_convert_take_from_host(struct gmem_conversion *c)
 
 static bool kvm_gmem_convert_wait_for_folio(struct guestmem_change *change)
 {
-	return kvm_gmem_convert_wait(container_of(change, struct gmem_conversion, folios));
+	struct gmem_conversion *c = container_of(change, struct gmem_conversion, folios);
+
+	return kvm_gmem_wait_for_reference(&c->waits_spent);
 }
 
 #ifdef CONFIG_HAVE_KVM_ARCH_GMEM_CONVERT
@@ -303,30 +312,19 @@ static void kvm_gmem_convert_give_to_host(struct gmem_conversion *c)
 #define kvm_gmem_convert_share_split	NULL
 #endif
 
-/*
- * Prepare to split or merge folios.  Memory that becomes private can be merged
- * with private neighbors, but only within the huge pages at both ends of the
- * range.
- */
-static int kvm_gmem_convert_prepare_folios(struct gmem_conversion *c)
+/* Prepare to split the folios of memory that becomes shared. */
+static int kvm_gmem_convert_split_folios(struct gmem_conversion *c)
 {
 	struct guestmem_allocator *gm = &GMEM_I(c->inode)->allocator;
-	pgoff_t size = 1UL << gm->order, start, end;
 	int r;
 
 	if (!gm->ops->prepare_split)
 		return 0;
 
 	c->folios.wait = kvm_gmem_convert_wait_for_folio;
-	if (kvm_gmem_convert_to_private(c)) {
-		start = max(c->mas.index, round_down(c->start, size));
-		end = min(c->mas.last + 1, round_up(c->end, size));
-		r = gm->ops->prepare_merge(gm, &c->folios, start, end);
-	} else {
-		c->folios.prepare_folio = kvm_gmem_convert_prepare_split;
-		c->folios.commit_folio = kvm_gmem_convert_share_split;
-		r = gm->ops->prepare_split(gm, &c->folios, c->start, c->end);
-	}
+	c->folios.prepare_folio = kvm_gmem_convert_prepare_split;
+	c->folios.commit_folio = kvm_gmem_convert_share_split;
+	r = gm->ops->prepare_split(gm, &c->folios, c->start, c->end);
 
 	/* Report only pages in the range, not their neighbors. */
 	if (r == -EAGAIN && c->folios.busy >= c->start && c->folios.busy < c->end)
@@ -337,47 +335,59 @@ static int kvm_gmem_convert_prepare_folios(struct gmem_conversion *c)
 
 static int kvm_gmem_convert_prepare(struct gmem_conversion *c)
 {
-	int r;
-
-	lockdep_assert_held_write(&c->inode->i_mapping->invalidate_lock);
-
-	r = kvm_gmem_attributes_prepare(&GMEM_I(c->inode)->attributes, &c->mas,
-					c->start, c->end, c->attributes,
-					GFP_KERNEL_ACCOUNT);
-	if (r)
-		return r;
-
 	if (kvm_gmem_convert_to_private(c))
-		r = kvm_gmem_convert_take_from_host(c);
-	if (!r)
-		r = kvm_gmem_convert_prepare_folios(c);
-	if (r)
-		kvm_gmem_attributes_abort(&c->mas);
+		return kvm_gmem_convert_take_from_host(c);
 
-	return r;
+	return kvm_gmem_convert_split_folios(c);
 }
 
-/*
- * Unmap only mappings of the old kind from guests.  TDX cannot unmap private
- * memory without losing its contents.
- */
+/* Folios are never larger than the attributes allow: split first, merge last. */
 static void kvm_gmem_convert_commit(struct gmem_conversion *c)
 {
-	struct guestmem_allocator *gm = &GMEM_I(c->inode)->allocator;
+	struct gmem_inode *gi = GMEM_I(c->inode);
+	struct guestmem_allocator *gm = &gi->allocator;
+	bool to_private = kvm_gmem_convert_to_private(c);
 
-	lockdep_assert_held_write(&c->inode->i_mapping->invalidate_lock);
+	/*
+	 * Unmap only mappings of the old kind from guests.  TDX cannot unmap
+	 * private memory without losing its contents.
+	 */
+	kvm_gmem_unmap_guests(c->inode, c->start, c->end,
+			      to_private ? KVM_FILTER_SHARED : KVM_FILTER_PRIVATE);
 
-	kvm_gmem_invalidate_start_filter(c->inode, c->start, c->end,
-					 kvm_gmem_convert_to_private(c) ?
-					 KVM_FILTER_SHARED : KVM_FILTER_PRIVATE);
-
-	if (!kvm_gmem_convert_to_private(c))
+	if (!to_private) {
 		kvm_gmem_convert_give_to_host(c);
-	if (gm->ops->commit)
-		gm->ops->commit(gm, &c->folios);
+		if (gm->ops->prepare_split)
+			gm->ops->commit(gm, &c->folios);
+	}
+
 	kvm_gmem_attributes_commit(&c->mas, c->attributes);
 
-	kvm_gmem_invalidate_end(c->inode, c->start, c->end);
+	if (to_private)
+		kvm_gmem_merge_range(gi, c->start, c->end);
+	else
+		kvm_gmem_merge_postpone(gi, c->start, c->end);
+}
+
+/* Convert a range for which the attributes are ready to be stored. */
+static int kvm_gmem_convert_range(struct gmem_conversion *c)
+{
+	struct gmem_ranges *gr = &GMEM_I(c->inode)->ranges;
+	int r;
+
+	r = kvm_gmem_range_begin_change(gr, c->start, c->end);
+	if (r)
+		goto abort;
+
+	r = kvm_gmem_convert_prepare(c);
+	if (!r)
+		kvm_gmem_convert_commit(c);
+	kvm_gmem_range_end_change(gr);
+
+abort:
+	if (r)
+		kvm_gmem_attributes_abort(&c->mas);
+	return r;
 }
 
 /**
@@ -392,7 +402,7 @@ static void kvm_gmem_convert_commit(struct gmem_conversion *c)
  * Pages keep their contents.  A page that is not allocated stays unallocated,
  * and has @attributes once it is allocated.
  *
- * Context: May sleep, takes invalidate_lock.
+ * Context: May sleep, takes change_lock.
  * Return: 0 if the range has these attributes now, -ENOMEM, -EINTR if the task
  *	   is being killed, or -EAGAIN if a reference to a page persists.  On
  *	   error all attributes are unchanged.
@@ -400,7 +410,7 @@ static void kvm_gmem_convert_commit(struct gmem_conversion *c)
 int kvm_gmem_convert(struct inode *inode, pgoff_t start, pgoff_t end,
 		     u64 attributes, pgoff_t *error)
 {
-	struct address_space *mapping = inode->i_mapping;
+	struct gmem_inode *gi = GMEM_I(inode);
 	struct gmem_conversion c = {
 		.inode = inode,
 		.start = start,
@@ -411,20 +421,18 @@ int kvm_gmem_convert(struct inode *inode, pgoff_t start, pgoff_t end,
 	};
 	int r;
 
-	/* Freeing or allocating much memory holds the lock for long. */
-	if (down_write_killable(&mapping->invalidate_lock)) {
-		*error = start;
+	*error = start;
+	if (mutex_lock_killable(&gi->ranges.change_lock))
 		return -EINTR;
-	}
 
-	r = kvm_gmem_convert_prepare(&c);
+	r = kvm_gmem_attributes_prepare(&gi->attributes, &c.mas, start, end,
+					attributes, GFP_KERNEL_ACCOUNT);
 	if (!r)
-		kvm_gmem_convert_commit(&c);
+		r = kvm_gmem_convert_range(&c);
 	trace_kvm_gmem_convert(inode->i_ino, start, end, attributes, c.error, r);
-	if (r == -EALREADY)
-		r = 0;
 
-	filemap_invalidate_unlock(mapping);
+	mutex_unlock(&gi->ranges.change_lock);
+
 	*error = c.error;
-	return r;
+	return r == -EALREADY ? 0 : r;
 }

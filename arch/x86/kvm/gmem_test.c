@@ -250,10 +250,11 @@ static int kvm_gmem_test_check_page(struct inode *inode, pgoff_t first, bool opt
 static ssize_t kvm_gmem_test_check(struct file *file, const char __user *buf,
 				   size_t count, loff_t *ppos)
 {
+	struct gmem_ranges *gr;
 	struct inode *inode;
 	unsigned int fd, hvo;
 	char cmd[64] = {};
-	pgoff_t index;
+	pgoff_t index, nr_pages;
 	ssize_t r = count;
 
 	if (count >= sizeof(cmd))
@@ -271,14 +272,19 @@ static ssize_t kvm_gmem_test_check(struct file *file, const char __user *buf,
 	if (inode->i_sb->s_magic != GUEST_MEMFD_MAGIC)
 		return -EINVAL;
 
-	filemap_invalidate_lock(inode->i_mapping);
-	for (index = 0; index < i_size_read(inode) >> PAGE_SHIFT && r > 0;
+	gr = &GMEM_I(inode)->ranges;
+	guard(mutex)(&gr->change_lock);
+
+	nr_pages = i_size_read(inode) >> PAGE_SHIFT;
+	if (kvm_gmem_range_begin_change(gr, 0, nr_pages))
+		return -EINTR;
+	for (index = 0; index < nr_pages && r > 0;
 	     index += 1UL << GMEM_I(inode)->allocator.order) {
 		if (kvm_gmem_test_check_page(inode, index, hvo))
 			r = -EUCLEAN;
 		cond_resched();
 	}
-	filemap_invalidate_unlock(inode->i_mapping);
+	kvm_gmem_range_end_change(gr);
 
 	return r;
 }
@@ -343,7 +349,7 @@ static void kvm_gmem_test_print_file(struct seq_file *m, int id,
 	pgoff_t first = 0, end = 0, index;
 	struct folio *folio;
 
-	filemap_invalidate_lock_shared(mapping);
+	mutex_lock(&GMEM_I(mapping->host)->ranges.change_lock);
 	xa_for_each(&mapping->i_pages, index, folio) {
 		if (xa_is_value(folio))
 			continue;
@@ -357,7 +363,7 @@ static void kvm_gmem_test_print_file(struct seq_file *m, int id,
 		cond_resched();
 	}
 	kvm_gmem_test_print_run(m, id, first, end, run_order);
-	filemap_invalidate_unlock_shared(mapping);
+	mutex_unlock(&GMEM_I(mapping->host)->ranges.change_lock);
 }
 
 /* Output: "<slot> <index of the first folio> <order> <number of folios>". */

@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Merging of guest_memfd huge pages that have become private
+ */
+
+/**
+ * DOC: merging of guest_memfd huge pages
+ *
+ * A guest that shares memory often takes it back soon, and shares it again.
+ * Splitting and merging its huge page each time would be expensive for the guest,
+ * and for the whole host, as it flushes the TLBs of all CPUs.  So a conversion to
+ * private only marks the huge page, and a worker merges it when it has not been
+ * converted for kvm.gmem_merge_delay_ms.  The guest's mappings do not depend on
+ * that: a fault maps as much memory as is private.
+ *
+ * Merging is a change of a range like any other, see gmem_range.c.  It has no effect
+ * on the contents or attributes of the memory, so it may fail, and is repeated after
+ * the next delay.  The worker makes short changes, so that conversions do not wait
+ * long for it, but one change can merge many small huge pages, which then share a TLB
+ * flush and a grace period.
+ *
+ * A huge page that leaves its file is merged on the way to its pool.
+ */
+#include <linux/bitmap.h>
+#include <linux/kvm_host.h>
+#include <linux/moduleparam.h>
+#include <linux/slab.h>
+
+#include <trace/events/kvm.h>
+
+#include "guest_memfd.h"
+
+static unsigned int gmem_merge_delay_ms = 1000;
+module_param(gmem_merge_delay_ms, uint, 0644);
+MODULE_PARM_DESC(gmem_merge_delay_ms,
+		 "Time after which huge pages that have become private are merged (0: at once)");
+
+/* Number of base pages that one change of the worker covers at most. */
+#define GMEM_MERGE_PAGES	(SZ_1G >> PAGE_SHIFT)
+
+/**
+ * struct gmem_merge_change - state of one change
+ * @folios: the folios that the allocator merges
+ * @waits_spent: waits for references, see kvm_gmem_wait_for_reference()
+ */
+struct gmem_merge_change {
+	struct guestmem_change folios;
+	unsigned int waits_spent;
+};
+
+static bool kvm_gmem_merge_wait(struct guestmem_change *change)
+{
+	struct gmem_merge_change *c = container_of(change, typeof(*c), folios);
+
+	return kvm_gmem_wait_for_reference(&c->waits_spent);
+}
+
+static int kvm_gmem_merge_pages(struct gmem_inode *gi, pgoff_t start, pgoff_t end)
+{
+	struct guestmem_allocator *gm = &gi->allocator;
+	struct gmem_merge_change c = {
+		.folios.wait = kvm_gmem_merge_wait,
+	};
+	int r;
+
+	r = gm->ops->prepare_merge(gm, &c.folios, start, end);
+	if (!r)
+		gm->ops->commit(gm, &c.folios);
+	return r;
+}
+
+static void kvm_gmem_merge_queue(struct gmem_inode *gi)
+{
+	queue_delayed_work(system_dfl_wq, &gi->merge.work,
+			   msecs_to_jiffies(READ_ONCE(gmem_merge_delay_ms)));
+}
+
+/* Merge a few consecutive huge pages that are due.  Return false if there is none. */
+static bool kvm_gmem_merge_next(struct gmem_inode *gi)
+{
+	unsigned long first, end, max = max(GMEM_MERGE_PAGES >> gi->allocator.order, 1UL);
+	unsigned int order = gi->allocator.order;
+	struct gmem_merge *gg = &gi->merge;
+	int r;
+
+	guard(mutex)(&gi->ranges.change_lock);
+
+	first = find_first_bit(gg->due, gg->nr_pages);
+	if (first == gg->nr_pages)
+		return false;
+
+	end = find_next_zero_bit(gg->due, min(first + max, gg->nr_pages), first);
+	bitmap_clear(gg->due, first, end - first);
+
+	r = kvm_gmem_range_begin_change(&gi->ranges, first << order, end << order);
+	if (!r) {
+		r = kvm_gmem_merge_pages(gi, first << order, end << order);
+		kvm_gmem_range_end_change(&gi->ranges);
+	}
+
+	trace_kvm_gmem_merge(gi->vfs_inode.i_ino, first << order, end << order, r);
+	if (r)
+		bitmap_set(gg->later, first, end - first);
+	return true;
+}
+
+static void kvm_gmem_merge_work(struct work_struct *work)
+{
+	struct gmem_inode *gi = container_of(to_delayed_work(work), struct gmem_inode,
+					     merge.work);
+	struct gmem_merge *gg = &gi->merge;
+
+	while (kvm_gmem_merge_next(gi)) {
+		/* The allocator merges pages of a file that goes away. */
+		if (inode_state_read_once(&gi->vfs_inode) & I_FREEING)
+			return;
+		cond_resched();
+	}
+
+	guard(mutex)(&gi->ranges.change_lock);
+
+	swap(gg->due, gg->later);
+	if (!bitmap_empty(gg->due, gg->nr_pages))
+		kvm_gmem_merge_queue(gi);
+}
+
+/* Restart the delay of the huge pages that the range is in: it becomes shared. */
+void kvm_gmem_merge_postpone(struct gmem_inode *gi, pgoff_t start, pgoff_t end)
+{
+	unsigned long size = 1UL << gi->allocator.order, i, nr;
+	struct gmem_merge *gg = &gi->merge;
+
+	lockdep_assert_held(&gi->ranges.change_lock);
+
+	nr = min(DIV_ROUND_UP(end, size), gg->nr_pages);
+	i = start / size;
+	for_each_set_bit_from(i, gg->due, nr) {
+		__clear_bit(i, gg->due);
+		__set_bit(i, gg->later);
+	}
+}
+
+/*
+ * Merge the huge pages that the range is in, as far as the attributes allow: at
+ * once if there is no delay and no page is in use, else later.  The range has become
+ * private, and is still changing.
+ */
+void kvm_gmem_merge_range(struct gmem_inode *gi, pgoff_t start, pgoff_t end)
+{
+	pgoff_t size = 1UL << gi->allocator.order;
+	struct gmem_merge *gg = &gi->merge;
+
+	lockdep_assert_held(&gi->ranges.change_lock);
+
+	if (!gg->nr_pages)
+		return;
+
+	start = round_down(start, size);
+	end = round_up(end, size);
+	if (!READ_ONCE(gmem_merge_delay_ms) && !kvm_gmem_merge_pages(gi, start, end))
+		return;
+
+	bitmap_clear(gg->due, start / size, (end - start) / size);
+	bitmap_set(gg->later, start / size, (end - start) / size);
+	kvm_gmem_merge_queue(gi);
+}
+
+int kvm_gmem_merge_init(struct gmem_inode *gi)
+{
+	unsigned long nr_pages = i_size_read(&gi->vfs_inode) >>
+				 (PAGE_SHIFT + gi->allocator.order);
+	struct gmem_merge *gg = &gi->merge;
+
+	if (!gi->allocator.ops->prepare_merge || !gi->allocator.may_be_large)
+		return 0;
+
+	gg->due = kvcalloc(BITS_TO_LONGS(nr_pages), sizeof(long), GFP_KERNEL_ACCOUNT);
+	gg->later = kvcalloc(BITS_TO_LONGS(nr_pages), sizeof(long), GFP_KERNEL_ACCOUNT);
+	if (!gg->due || !gg->later) {
+		kvm_gmem_merge_destroy(gi);
+		return -ENOMEM;
+	}
+
+	INIT_DELAYED_WORK(&gg->work, kvm_gmem_merge_work);
+	gg->nr_pages = nr_pages;
+	return 0;
+}
+
+/* Wait for the worker to stop.  No task converts memory of the file any more. */
+void kvm_gmem_merge_stop(struct gmem_inode *gi)
+{
+	if (gi->merge.nr_pages)
+		cancel_delayed_work_sync(&gi->merge.work);
+}
+
+void kvm_gmem_merge_destroy(struct gmem_inode *gi)
+{
+	kvfree(gi->merge.due);
+	kvfree(gi->merge.later);
+	gi->merge = (struct gmem_merge) {};
+}
