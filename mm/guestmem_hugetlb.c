@@ -201,45 +201,78 @@ static struct folio *guestmem_hugetlb_add_whole(struct guestmem_allocator *gm,
 /* Zero a new huge page.  The index of the folio is the number of pages that are zero. */
 static int guestmem_hugetlb_zero(struct folio *folio, unsigned int state)
 {
+	unsigned long nr;
+
 	while (folio->index < folio_nr_pages(folio)) {
-		clear_highpage(folio_page(folio, folio->index));
-		folio->index++;
-		if (folio->index % GUESTMEM_HUGETLB_NR_ZERO)
-			continue;
+		/* The contents do not matter yet: let the pool keep a page with an error. */
+		if (folio_test_hwpoison(folio))
+			return -EHWPOISON;
+
+		nr = min(GUESTMEM_HUGETLB_NR_ZERO, folio_nr_pages(folio) - folio->index);
+		clear_user_highpages(folio_page(folio, folio->index),
+				     folio->index << PAGE_SHIFT, nr);
+		folio->index += nr;
+		cond_resched();
 		if (folio->index < folio_nr_pages(folio) &&
 		    signal_pending_state(state, current))
 			return -EINTR;
-		cond_resched();
 	}
 
 	return 0;
 }
 
+/* Get the huge page that an earlier attempt has begun to zero, or a new one. */
+static struct folio *guestmem_hugetlb_get_partial(struct guestmem_allocator *gm,
+						  pgoff_t index)
+{
+	struct guestmem_hugetlb *gh = gm->private;
+	struct folio *folio;
+	int r;
+
+	folio = xa_load(&gh->partial, index >> gm->order);
+	if (folio)
+		return folio;
+
+	folio = guestmem_hugetlb_get(gm, index);
+	if (IS_ERR(folio))
+		return folio;
+
+	folio->index = 0;
+	r = xa_err(xa_store(&gh->partial, index >> gm->order, folio, GFP_KERNEL_ACCOUNT));
+	if (r) {
+		folio_put(folio);
+		return ERR_PTR(r);
+	}
+
+	return folio;
+}
+
 /*
  * Get a huge page that is zero.  If a signal interrupts that, keep the page for the next
- * attempt.
+ * attempt.  Replace a page that has an error meanwhile.
  */
 static struct folio *guestmem_hugetlb_get_zeroed(struct guestmem_allocator *gm,
 						 pgoff_t index, unsigned int state)
 {
 	struct guestmem_hugetlb *gh = gm->private;
 	struct folio *folio;
+	int r;
 
-	folio = xa_erase(&gh->partial, index >> gm->order);
-	if (!folio) {
-		folio = guestmem_hugetlb_get(gm, index);
+	do {
+		folio = guestmem_hugetlb_get_partial(gm, index);
 		if (IS_ERR(folio))
 			return folio;
-		folio->index = 0;
-	}
 
-	if (!guestmem_hugetlb_zero(folio, state))
-		return folio;
+		r = guestmem_hugetlb_zero(folio, state);
+		if (r == -EINTR)
+			return ERR_PTR(r);
 
-	if (xa_is_err(xa_store(&gh->partial, index >> gm->order, folio,
-			       GFP_KERNEL_ACCOUNT)))
-		folio_put(folio);
-	return ERR_PTR(-EINTR);
+		xa_erase(&gh->partial, index >> gm->order);
+		if (r)
+			folio_put(folio);
+	} while (r);
+
+	return folio;
 }
 
 /* Allocate and zero a huge page, and add it to the page cache. */

@@ -9,7 +9,8 @@
  * The inode is on no list of its superblock and has no device, so drop_caches and
  * POSIX_FADV_DONTNEED do not find placeholders to drop them as shadow entries.
  *
- * The owner of the huge page serializes changes of its entries.
+ * The owner of the huge page serializes changes of its entries.  Those of other huge
+ * pages can change meanwhile.
  */
 #include <linux/hugetlb.h>
 #include <linux/pagemap.h>
@@ -63,22 +64,15 @@ void guestmem_insert(struct address_space *mapping, pgoff_t index, struct folio 
 /*
  * Prepare to store one entry for a huge page.  That can need a node at index 0: the tree
  * is as low as possible if there is no other entry, and the new entry may be as large as
- * all that the root node covers.
+ * all that the root node covers.  Other entries can go before the store.
  */
 int guestmem_prepare_store(struct address_space *mapping, pgoff_t index,
 			   unsigned int order, struct xa_state *store)
 {
-	XA_STATE(neighbor, &mapping->i_pages, 1UL << order);
 	XA_STATE_ORDER(xas, &mapping->i_pages, index, order);
 
 	*store = xas;
 	if (index)
-		return 0;
-
-	rcu_read_lock();
-	xas_load(&neighbor);
-	rcu_read_unlock();
-	if (neighbor.xa_node != XAS_BOUNDS)
 		return 0;
 
 	return xas_prealloc(store, GFP_KERNEL) ? 0 : -ENOMEM;

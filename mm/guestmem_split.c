@@ -447,7 +447,10 @@ static int guestmem_prepare_split_page(struct guestmem_allocator *gm,
 			return -ENOMEM;
 
 		guestmem_change_add(gm, c, split, index, true);
-		r = guestmem_freeze_for_split(gm, c, split, index, end);
+		/* For an abort after the placeholder has been split. */
+		r = guestmem_prepare_store(gm->mapping, index, gm->order, &split->change.store);
+		if (!r)
+			r = guestmem_freeze_for_split(gm, c, split, index, end);
 		return r ?: guestmem_prepare_whole(gm, split, c);
 	}
 
@@ -529,8 +532,10 @@ static void guestmem_abort_page(struct guestmem_allocator *gm, struct hugetlb_sp
 	if (split->change.is_first) {
 		if (guestmem_is_placeholder(gm->mapping, index)) {
 			guestmem_merge_placeholders(gm, index);
+			guestmem_xas_store(&split->change.store, filemap_placeholder());
 			guestmem_insert(gm->mapping, index, page_folio(split->page));
 		}
+		xas_destroy(&split->change.store);
 		hugetlb_split_abort(split);
 		return;
 	}
@@ -566,10 +571,8 @@ static int guestmem_prepare(struct guestmem_allocator *gm, struct guestmem_chang
 	INIT_LIST_HEAD(&c->splits);
 
 	for (index = round_down(start, size); index < end && !r; index += size) {
-		if (is_merge)
-			r = guestmem_prepare_merge_page(gm, c, index);
-		else
-			r = guestmem_prepare_split_page(gm, c, index);
+		r = is_merge ? guestmem_prepare_merge_page(gm, c, index) :
+			       guestmem_prepare_split_page(gm, c, index);
 		if (!r && fatal_signal_pending(current))
 			r = -EINTR;
 	}
@@ -638,16 +641,12 @@ static void guestmem_commit_page(struct guestmem_allocator *gm, struct guestmem_
 
 	if (split->change.is_first) {
 		guestmem_split_whole(gm, split, c);
-		return;
-	}
-
-	if (split->change.is_merge) {
+	} else if (split->change.is_merge) {
 		guestmem_merge_whole(gm, split);
-		return;
+	} else {
+		guestmem_for_each_part(gm, c, index, i)
+			guestmem_commit_part(gm, c, split, i);
 	}
-
-	guestmem_for_each_part(gm, c, index, i)
-		guestmem_commit_part(gm, c, split, i);
 }
 
 /* Insert the folios of a huge page that have been split or merged. */

@@ -187,8 +187,10 @@ void hugetlb_split_flush(struct list_head *list)
 	if (first)
 		hugetlb_vmemmap_flush(first, end);
 
-	list_for_each_entry(split, list, change.node)
+	list_for_each_entry(split, list, change.node) {
 		hugetlb_vmemmap_free_pages(&split->vmemmap_pages);
+		cond_resched();
+	}
 }
 
 /**
@@ -211,8 +213,10 @@ void hugetlb_split_free_list(struct list_head *list)
 	if (optimized)
 		synchronize_rcu_expedited();
 
-	list_for_each_entry(split, list, change.node)
+	list_for_each_entry(split, list, change.node) {
 		hugetlb_split_merge(split);
+		cond_resched();
+	}
 	hugetlb_split_flush(list);
 
 	list_for_each_entry_safe(split, next, list, change.node) {

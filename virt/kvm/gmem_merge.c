@@ -69,10 +69,12 @@ static int kvm_gmem_merge_pages(struct gmem_inode *gi, pgoff_t start, pgoff_t en
 	return r;
 }
 
+/* Without a delay the worker only repeats what failed, which must not be at once. */
 static void kvm_gmem_merge_queue(struct gmem_inode *gi)
 {
-	queue_delayed_work(system_dfl_wq, &gi->merge.work,
-			   msecs_to_jiffies(READ_ONCE(gmem_merge_delay_ms)));
+	unsigned int delay_ms = READ_ONCE(gmem_merge_delay_ms) ?: MSEC_PER_SEC;
+
+	queue_delayed_work(system_dfl_wq, &gi->merge.work, msecs_to_jiffies(delay_ms));
 }
 
 /* Merge a few consecutive huge pages that are due.  Return false if there is none. */

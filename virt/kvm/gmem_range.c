@@ -81,7 +81,7 @@ void kvm_gmem_range_init(struct gmem_ranges *gr, unsigned int order)
 	gr->end = 0;
 	gr->pause = false;
 	for (i = 0; i < GMEM_NR_RANGE_LOCKS; i++)
-		init_rwsem(&gr->locks[i]);
+		init_rwsem(&gr->locks[i].rwsem);
 }
 
 static unsigned int kvm_gmem_range_lock_order(struct gmem_ranges *gr)
@@ -91,7 +91,9 @@ static unsigned int kvm_gmem_range_lock_order(struct gmem_ranges *gr)
 
 static struct rw_semaphore *kvm_gmem_range_rwsem(struct gmem_ranges *gr, pgoff_t index)
 {
-	return &gr->locks[(index >> kvm_gmem_range_lock_order(gr)) % GMEM_NR_RANGE_LOCKS];
+	unsigned int i = (index >> kvm_gmem_range_lock_order(gr)) % GMEM_NR_RANGE_LOCKS;
+
+	return &gr->locks[i].rwsem;
 }
 
 /* Wait for users that locked a page before the range was marked. */
@@ -127,7 +129,8 @@ int kvm_gmem_range_begin_change(struct gmem_ranges *gr, pgoff_t start, pgoff_t e
 	gr->pause = false;
 
 	WRITE_ONCE(gr->start, round_down(start, 1UL << gr->order));
-	WRITE_ONCE(gr->end, round_up(end, 1UL << gr->order));
+	/* A user that sees the end also sees the start. */
+	smp_store_release(&gr->end, round_up(end, 1UL << gr->order));
 
 	r = kvm_gmem_range_drain(gr);
 	if (r)
@@ -141,8 +144,9 @@ void kvm_gmem_range_end_change(struct gmem_ranges *gr)
 
 	lockdep_assert_held(&gr->change_lock);
 
+	/* A user that sees that there is no change also sees what has changed. */
+	smp_store_release(&gr->end, 0);
 	/* A user that sees the new number also sees that there is no change. */
-	WRITE_ONCE(gr->end, 0);
 	atomic_inc_return_release(&waiters->seq);
 	if (wq_has_sleeper(&waiters->queue)) {
 		wake_up_all(&waiters->queue);
@@ -156,7 +160,8 @@ void kvm_gmem_range_end_change(struct gmem_ranges *gr)
  */
 bool kvm_gmem_range_is_changing(struct gmem_ranges *gr, pgoff_t index)
 {
-	return index < READ_ONCE(gr->end) && index >= READ_ONCE(gr->start);
+	/* Pairs with the releases at the beginning and at the end of a change. */
+	return index < smp_load_acquire(&gr->end) && index >= READ_ONCE(gr->start);
 }
 
 /* Lock the page at @index shared unless that has to wait. */

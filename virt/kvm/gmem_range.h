@@ -2,11 +2,17 @@
 #ifndef __KVM_GMEM_RANGE_H__
 #define __KVM_GMEM_RANGE_H__
 
+#include <linux/cache.h>
 #include <linux/mutex.h>
 #include <linux/rwsem.h>
 #include <linux/types.h>
 
 #define GMEM_NR_RANGE_LOCKS	64
+
+/* Alone in its cache line, which vCPUs would contend for otherwise. */
+struct gmem_range_lock {
+	struct rw_semaphore rwsem;
+} ____cacheline_aligned_in_smp;
 
 /**
  * struct gmem_ranges - the range of a guest_memfd file that changes
@@ -23,7 +29,7 @@ struct gmem_ranges {
 	pgoff_t start;
 	pgoff_t end;
 	bool pause;
-	struct rw_semaphore locks[GMEM_NR_RANGE_LOCKS];
+	struct gmem_range_lock locks[GMEM_NR_RANGE_LOCKS];
 };
 
 struct gmem_waiters;
