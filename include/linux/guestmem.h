@@ -40,7 +40,7 @@ struct guestmem_allocator {
 	const struct guestmem_allocator_operations *ops;
 	struct address_space *mapping;
 	struct shared_policy *policy;
-	struct mutex *change_lock;
+	struct mutex *change_lock;	/* see above */
 	unsigned int order;
 	bool is_mappable;
 	bool (*may_be_large)(struct guestmem_allocator *gm, pgoff_t start, pgoff_t end);

@@ -23,7 +23,7 @@
 
 struct gmem_attributes_fixture {
 	struct gmem_attributes ga;
-	struct mutex lock;
+	struct mutex lock;	/* protects the attributes */
 };
 
 static int gmem_attributes_test_init(struct kunit *test)

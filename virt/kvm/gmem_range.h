@@ -24,7 +24,7 @@ struct gmem_range_lock {
  * @locks: shared by the users of pages, see kvm_gmem_range_lock()
  */
 struct gmem_ranges {
-	struct mutex change_lock;
+	struct mutex change_lock;	/* see above */
 	unsigned int order;
 	pgoff_t start;
 	pgoff_t end;
