@@ -3,7 +3,7 @@
  * Measure the cost of guest_memfd under a clock that counts instructions, so that a
  * nanosecond is one instruction.  Print "name value" lines for scripts/bench.
  *
- * usage: bench base | huge | convert | convert-two-backings | split
+ * usage: bench base | huge | convert | convert-two-backings | split | toggle
  *
  * "base" and "convert-two-backings" run on any kernel, "convert" and "split" where
  * conversion in place is on.
@@ -292,6 +292,35 @@ static void bench_pages(struct backings *b, const char *which)
 	bench_range(b, which, SZ_2M, SZ_4K, 2 * SZ_4K, nr * 256);
 }
 
+/* Share a page and take it back in a loop, in a huge page that has been split once. */
+static void bench_toggle(const char *name, size_t page_size)
+{
+	const u64 offset = CONVERT_SIZE / 2;
+	const int nr = 256;
+	struct backings b;
+	long long start;
+	int i;
+
+	create_in_place(&b, page_size);
+	gmem_guest_do(b.d.vcpu, GMEM_WRITE, GMEM_GPA + offset, 8, 8, 1);
+	to_shared(&b, offset, SZ_4K);
+	to_private(&b, offset, SZ_4K);
+	start = now_ns();
+	for (i = 0; i < nr; i++) {
+		to_shared(&b, offset, SZ_4K);
+		to_private(&b, offset, SZ_4K);
+	}
+	print(name, (now_ns() - start) / nr);
+	free_backings(&b);
+}
+
+static void bench_toggles(void)
+{
+	bench_toggle("toggle_4k", SZ_4K);
+	bench_toggle("toggle_2m", SZ_2M);
+	bench_toggle("toggle_1g", SZ_1G);
+}
+
 static void bench_split(void)
 {
 	struct backings b;
@@ -319,6 +348,8 @@ int main(int argc, char *argv[])
 		bench_huge();
 	else if (argc == 2 && !strcmp(argv[1], "split"))
 		bench_split();
+	else if (argc == 2 && !strcmp(argv[1], "toggle"))
+		bench_toggles();
 	else
 		return 2;
 	return 0;

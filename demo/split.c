@@ -6,6 +6,7 @@
  */
 #include <setjmp.h>
 #include <signal.h>
+#include <unistd.h>
 
 #include "common.h"
 #include "folios.h"
@@ -113,6 +114,17 @@ static void convert(u64 attributes)
 	       attributes ? "private again" : "shared", (now_ns() - start) / 1e6);
 }
 
+/* KVM merges the page when it has not been converted for a while. */
+static void wait_for_merge(void)
+{
+	long long start = now_ns();
+
+	while (memmap() != memmap_before && now_ns() - start < 30000000000ll)
+		usleep(100000);
+	printf("  later, as nothing of it is converted again (%.0f s, emulated)\n",
+	       (now_ns() - start) / 1e9);
+}
+
 static void create(void)
 {
 	vm.vm = gmem_vm_create(1, &vm.vcpu);
@@ -153,6 +165,7 @@ int main(void)
 	show_mappings(0, NR_PARTS - 1, PART_PAGES);
 
 	convert(KVM_MEMORY_ATTRIBUTE_PRIVATE);
+	wait_for_merge();
 	show_map(true);
 	show_memmap(0, 0);
 	host_reads("that page:", SHARED_PAGE, 0);

@@ -340,8 +340,6 @@ static void guestmem_hugetlb_remove(struct guestmem_allocator *gm, pgoff_t index
 {
 	struct folio *folio;
 
-	guard(mutex)(guestmem_hugetlb_mutex(gm, index));
-
 	folio = filemap_lock_folio(gm->mapping, index);
 	if (IS_ERR(folio))
 		return;
@@ -357,10 +355,7 @@ static void guestmem_hugetlb_remove(struct guestmem_allocator *gm, pgoff_t index
 	filemap_remove_folio(folio);
 	folio_unlock(folio);
 
-	/*
-	 * Drop the reference under the mutex: this returns the page to the reservation,
-	 * where the next allocation at this index needs it.
-	 */
+	/* This returns the page to the reservation, where the next allocation needs it. */
 	folio_put(folio);
 }
 

@@ -62,11 +62,19 @@ static pgoff_t guestmem_part_size(const struct guestmem_allocator *gm)
 	return 1UL << gm->part_order;
 }
 
-/* Iterate over the parts of the huge page at @index that a change is about. */
-#define guestmem_for_each_part(gm, c, index, i)						\
-	for (i = max(index, round_down((c)->start, guestmem_part_size(gm)));		\
-	     i < min((index) + (1UL << (gm)->order), (c)->end);				\
-	     i += guestmem_part_size(gm))
+/* Return the first part of the huge page at @index that a change is about. */
+static pgoff_t guestmem_first_part(const struct guestmem_allocator *gm,
+				   const struct guestmem_change *c, pgoff_t index)
+{
+	return max(index, round_down(c->start, guestmem_part_size(gm)));
+}
+
+/* Return the end of the pages of the huge page at @index that a change is about. */
+static pgoff_t guestmem_parts_end(const struct guestmem_allocator *gm,
+				  const struct guestmem_change *c, pgoff_t index)
+{
+	return min(index + (1UL << gm->order), c->end);
+}
 
 static struct page *guestmem_page(const struct hugetlb_split *split, pgoff_t index)
 {
@@ -374,8 +382,8 @@ static void guestmem_remove_piece(struct guestmem_allocator *gm, struct hugetlb_
  *
  * Otherwise the last reference to a folio of the huge page frees it.
  *
- * Context: May sleep, locks folios.  The caller holds the allocator's mutex for the huge
- *	    page and has unmapped it.
+ * Context: May sleep, locks folios.  The caller has unmapped the huge page, and excludes
+ *	    its other users.
  */
 void guestmem_split_remove(struct guestmem_allocator *gm, pgoff_t index,
 			   enum lru_cache_drained *drained, struct list_head *list)
@@ -434,7 +442,7 @@ static int guestmem_prepare_split_page(struct guestmem_allocator *gm,
 				       struct guestmem_change *c, pgoff_t index)
 {
 	struct folio *folio = xa_load(&gm->mapping->i_pages, index);
-	pgoff_t i, end = index + (1UL << gm->order);
+	pgoff_t i, end = index + (1UL << gm->order), size = guestmem_part_size(gm);
 	struct hugetlb_split *split;
 	int r = 0;
 
@@ -456,11 +464,12 @@ static int guestmem_prepare_split_page(struct guestmem_allocator *gm,
 
 	split = folio->private;
 	guestmem_change_add(gm, c, split, index, false);
-	guestmem_for_each_part(gm, c, index, i) {
+	for (i = guestmem_first_part(gm, c, index);
+	     i < guestmem_parts_end(gm, c, index); i += size) {
 		folio = xa_load(&gm->mapping->i_pages, i);
 		if (!folio_test_large(folio))
 			continue;
-		r = guestmem_freeze_for_split(gm, c, split, i, i + guestmem_part_size(gm));
+		r = guestmem_freeze_for_split(gm, c, split, i, i + size);
 		if (!r)
 			r = guestmem_prepare_part(gm, split, i);
 		if (r)
@@ -637,16 +646,21 @@ static void guestmem_commit_part(struct guestmem_allocator *gm, struct guestmem_
 static void guestmem_commit_page(struct guestmem_allocator *gm, struct guestmem_change *c,
 				 struct hugetlb_split *split)
 {
-	pgoff_t index = split->change.index, i;
+	pgoff_t index = split->change.index, size = guestmem_part_size(gm), i;
 
 	if (split->change.is_first) {
 		guestmem_split_whole(gm, split, c);
-	} else if (split->change.is_merge) {
-		guestmem_merge_whole(gm, split);
-	} else {
-		guestmem_for_each_part(gm, c, index, i)
-			guestmem_commit_part(gm, c, split, i);
+		return;
 	}
+
+	if (split->change.is_merge) {
+		guestmem_merge_whole(gm, split);
+		return;
+	}
+
+	for (i = guestmem_first_part(gm, c, index);
+	     i < guestmem_parts_end(gm, c, index); i += size)
+		guestmem_commit_part(gm, c, split, i);
 }
 
 /* Insert the folios of a huge page that have been split or merged. */
@@ -669,7 +683,8 @@ static void guestmem_insert_page(struct guestmem_allocator *gm, struct guestmem_
 		return;
 	}
 
-	guestmem_for_each_part(gm, c, index, i) {
+	for (i = guestmem_first_part(gm, c, index);
+	     i < guestmem_parts_end(gm, c, index); i += size) {
 		if (guestmem_is_placeholder(gm->mapping, i))
 			guestmem_insert_range(gm, split, i, i + size);
 	}

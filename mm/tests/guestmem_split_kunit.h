@@ -143,21 +143,34 @@ static void guestmem_kunit_split_whole(struct kunit *test)
 	guestmem_kunit_split(test, gk->start, gk->order, gk->part_order);
 }
 
-/* Merge everything, like guestmem_prepare_merge_page() and guestmem_merge_whole(). */
-static void guestmem_kunit_merge_all(struct kunit *test)
+/* Merge everything, like guestmem_merge_whole(). */
+static void guestmem_kunit_merge_prepared(struct kunit *test, struct xa_state *store)
 {
 	struct guestmem_kunit *gk = test->priv;
-	struct xa_state store;
 	pgoff_t i;
 
-	KUNIT_ASSERT_EQ(test, 0, guestmem_prepare_store(&gk->mapping, gk->start, gk->order,
-							&store));
 	for (i = gk->start; i < gk->end; i += 1UL << gk->part_order)
 		guestmem_kunit_hide(test, i, i + (1UL << gk->part_order), gk->part_order);
 	guestmem_kunit_expect_no_allocation(true, test);
-	guestmem_xas_store(&store, filemap_placeholder());
+	guestmem_xas_store(store, filemap_placeholder());
 	guestmem_kunit_expect_no_allocation(false, test);
 	guestmem_kunit_store(test, gk->start, gk->end, gk->order);
+}
+
+static void guestmem_kunit_prepare_store(struct kunit *test, struct xa_state *store)
+{
+	struct guestmem_kunit *gk = test->priv;
+
+	KUNIT_ASSERT_EQ(test, 0, guestmem_prepare_store(&gk->mapping, gk->start, gk->order,
+							store));
+}
+
+static void guestmem_kunit_merge_all(struct kunit *test)
+{
+	struct xa_state store;
+
+	guestmem_kunit_prepare_store(test, &store);
+	guestmem_kunit_merge_prepared(test, &store);
 }
 
 static struct guestmem_kunit *guestmem_kunit_alloc(struct kunit *test, pgoff_t nr)
@@ -269,28 +282,36 @@ static void all_in_pages(struct kunit *test)
 
 /*
  * When the huge page at index 0 is the only one, the XArray shrinks to its minimum
- * height.  It has to grow when the huge page becomes one entry again.
+ * height.  It has to grow when the huge page becomes one entry again.  Another task can
+ * remove the neighbor at any time, also after the merge or the abort has been prepared.
  */
 static void first_page_is_left_alone(struct kunit *test)
 {
 	struct guestmem_kunit *gk, *neighbors = test->priv;
 	const pgoff_t others[] = { 1, XA_CHUNK_SIZE };
 	struct address_space *mapping;
+	struct xa_state store;
 	pgoff_t other;
+	bool late;
 	int i;
 
-	for (i = 0; i < ARRAY_SIZE(others); i++) {
+	for (i = 0; i < 2 * ARRAY_SIZE(others); i++) {
 		gk = guestmem_kunit_alloc(test, 0);
 		test->priv = gk;
 		mapping = &gk->mapping;
-		other = others[i] << gk->order;
+		other = others[i / 2] << gk->order;
+		late = i % 2;
 
 		KUNIT_ASSERT_EQ(test, 0, guestmem_add_placeholder(mapping, 0, gk->order));
 		KUNIT_ASSERT_EQ(test, 0, guestmem_add_placeholder(mapping, other, gk->order));
 		guestmem_kunit_split_whole(test);
 		guestmem_kunit_split(test, 0, gk->part_order, 0);
-		guestmem_del_entry(mapping, other, gk->order);
-		guestmem_kunit_merge_all(test);
+		if (!late)
+			guestmem_del_entry(mapping, other, gk->order);
+		guestmem_kunit_prepare_store(test, &store);
+		if (late)
+			guestmem_del_entry(mapping, other, gk->order);
+		guestmem_kunit_merge_prepared(test, &store);
 
 		guestmem_del_entry(mapping, 0, gk->order);
 		KUNIT_EXPECT_EQ(test, mapping->nrpages, 0);

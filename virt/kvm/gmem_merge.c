@@ -80,9 +80,9 @@ static void kvm_gmem_merge_queue(struct gmem_inode *gi)
 /* Merge a few consecutive huge pages that are due.  Return false if there is none. */
 static bool kvm_gmem_merge_next(struct gmem_inode *gi)
 {
-	unsigned long first, end, max = max(GMEM_MERGE_PAGES >> gi->allocator.order, 1UL);
 	unsigned int order = gi->allocator.order;
 	struct gmem_merge *gg = &gi->merge;
+	unsigned long first, end, max;
 	int r;
 
 	guard(mutex)(&gi->ranges.change_lock);
@@ -91,6 +91,7 @@ static bool kvm_gmem_merge_next(struct gmem_inode *gi)
 	if (first == gg->nr_pages)
 		return false;
 
+	max = gg->one_by_one ? 1 : max(GMEM_MERGE_PAGES >> order, 1UL);
 	end = find_next_zero_bit(gg->due, min(first + max, gg->nr_pages), first);
 	bitmap_clear(gg->due, first, end - first);
 
@@ -101,8 +102,10 @@ static bool kvm_gmem_merge_next(struct gmem_inode *gi)
 	}
 
 	trace_kvm_gmem_merge(gi->vfs_inode.i_ino, first << order, end << order, r);
-	if (r)
+	if (r) {
 		bitmap_set(gg->later, first, end - first);
+		gg->one_by_one = true;
+	}
 	return true;
 }
 
@@ -122,7 +125,9 @@ static void kvm_gmem_merge_work(struct work_struct *work)
 	guard(mutex)(&gi->ranges.change_lock);
 
 	swap(gg->due, gg->later);
-	if (!bitmap_empty(gg->due, gg->nr_pages))
+	if (bitmap_empty(gg->due, gg->nr_pages))
+		gg->one_by_one = false;
+	else
 		kvm_gmem_merge_queue(gi);
 }
 
@@ -142,6 +147,18 @@ void kvm_gmem_merge_postpone(struct gmem_inode *gi, pgoff_t start, pgoff_t end)
 	}
 }
 
+/* Check whether the memory around a range that has become private includes a part. */
+static bool kvm_gmem_merge_has_part(struct gmem_inode *gi, pgoff_t start, pgoff_t end)
+{
+	pgoff_t size = 1UL << gi->allocator.part_order;
+	struct gmem_attributes_range range;
+
+	range = kvm_gmem_attributes_get(&gi->attributes, start);
+	start = max(range.first, round_down(start, 1UL << gi->allocator.order));
+	end = min(range.last + 1, round_up(end, 1UL << gi->allocator.order));
+	return round_up(start, size) + size <= end;
+}
+
 /*
  * Merge the huge pages that the range is in, as far as the attributes allow: at
  * once if there is no delay and no page is in use, else later.  The range has become
@@ -154,7 +171,8 @@ void kvm_gmem_merge_range(struct gmem_inode *gi, pgoff_t start, pgoff_t end)
 
 	lockdep_assert_held(&gi->ranges.change_lock);
 
-	if (!gg->nr_pages)
+	/* Most changes are small: do not look at folios if none can be merged. */
+	if (!gg->nr_pages || !kvm_gmem_merge_has_part(gi, start, end))
 		return;
 
 	start = round_down(start, size);

@@ -79,7 +79,7 @@ void kvm_gmem_range_init(struct gmem_ranges *gr, unsigned int order)
 	gr->order = order;
 	gr->start = 0;
 	gr->end = 0;
-	gr->pause = false;
+	gr->awaited = false;
 	for (i = 0; i < GMEM_NR_RANGE_LOCKS; i++)
 		init_rwsem(&gr->locks[i].rwsem);
 }
@@ -124,9 +124,10 @@ int kvm_gmem_range_begin_change(struct gmem_ranges *gr, pgoff_t start, pgoff_t e
 	lockdep_assert_held(&gr->change_lock);
 
 	/* A task that makes one change after the other must not starve users. */
-	if (gr->pause)
+	if (READ_ONCE(gr->awaited)) {
 		usleep_range(GMEM_RANGE_PAUSE_US / 2, GMEM_RANGE_PAUSE_US);
-	gr->pause = false;
+		WRITE_ONCE(gr->awaited, false);
+	}
 
 	WRITE_ONCE(gr->start, round_down(start, 1UL << gr->order));
 	/* A user that sees the end also sees the start. */
@@ -146,12 +147,14 @@ void kvm_gmem_range_end_change(struct gmem_ranges *gr)
 
 	/* A user that sees that there is no change also sees what has changed. */
 	smp_store_release(&gr->end, 0);
-	/* A user that sees the new number also sees that there is no change. */
-	atomic_inc_return_release(&waiters->seq);
-	if (wq_has_sleeper(&waiters->queue)) {
+	/*
+	 * A user that sees the new number also sees that there is no change.  One
+	 * that does not see it before it sleeps has set @awaited: pairs with the
+	 * barrier in prepare_to_wait().
+	 */
+	atomic_inc_return(&waiters->seq);
+	if (READ_ONCE(gr->awaited))
 		wake_up_all(&waiters->queue);
-		gr->pause = true;
-	}
 }
 
 /*
@@ -193,7 +196,7 @@ int kvm_gmem_range_lock(struct gmem_ranges *gr, pgoff_t index, unsigned int stat
 
 	/* Do not wait for a lock that the change is waiting for. */
 	if (kvm_gmem_range_is_changing(gr, index))
-		return -EAGAIN;
+		goto changing;
 
 	r = state == TASK_INTERRUPTIBLE ? down_read_interruptible(rwsem) :
 					  down_read_killable(rwsem);
@@ -204,6 +207,8 @@ int kvm_gmem_range_lock(struct gmem_ranges *gr, pgoff_t index, unsigned int stat
 		return 0;
 
 	up_read(rwsem);
+changing:
+	WRITE_ONCE(gr->awaited, true);
 	return -EAGAIN;
 }
 

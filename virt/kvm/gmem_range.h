@@ -20,7 +20,7 @@ struct gmem_range_lock {
  * @order: order of the pages of the file
  * @start: index of the first page of the range, a multiple of the page size
  * @end: index after the last page of the range; 0 if there is no change
- * @pause: users waited for the change before, and have their turn now
+ * @awaited: a user waits for the end of the change, or has waited for the last one
  * @locks: shared by the users of pages, see kvm_gmem_range_lock()
  */
 struct gmem_ranges {
@@ -28,7 +28,7 @@ struct gmem_ranges {
 	unsigned int order;
 	pgoff_t start;
 	pgoff_t end;
-	bool pause;
+	bool awaited;
 	struct gmem_range_lock locks[GMEM_NR_RANGE_LOCKS];
 };
 

@@ -14,6 +14,7 @@
 
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/time.h>
 
 #include <linux/falloc.h>
 #include <linux/kvm.h>
@@ -116,6 +117,7 @@ FIXTURE_SETUP(disturb)
 		SKIP(return, "%s", reason);
 
 	sigaction(SIGUSR1, &sa, NULL);
+	sigaction(SIGALRM, &sa, NULL);
 	sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK,
 			   &(struct sched_param) { .sched_priority = 1 });
 	self->half = variant->half;
@@ -154,7 +156,7 @@ static bool change_contents(int fd, u64 size, long round)
 
 static void *make_changes(void *arg)
 {
-	FIXTURE_DATA(disturb) *self = arg;
+	struct _test_data_disturb *self = arg;
 	long round = 0;
 	u64 start;
 
@@ -173,7 +175,7 @@ static void *make_changes(void *arg)
 	return NULL;
 }
 
-static void start_changes(FIXTURE_DATA(disturb) *self, int fd,
+static void start_changes(struct _test_data_disturb *self, int fd,
 			  bool (*change)(int fd, u64 size, long round))
 {
 	self->change_fd = fd;
@@ -185,7 +187,7 @@ static void start_changes(FIXTURE_DATA(disturb) *self, int fd,
 	kvm_pthread_create(&self->thread, NULL, make_changes, self);
 }
 
-static void stop_changes(FIXTURE_DATA(disturb) *self)
+static void stop_changes(struct _test_data_disturb *self)
 {
 	WRITE_ONCE(self->stop, true);
 	kvm_pthread_join(self->thread, NULL);
@@ -194,13 +196,13 @@ static void stop_changes(FIXTURE_DATA(disturb) *self)
 /*
  * Operations on the second half of the file
  */
-static u64 random_offset(FIXTURE_DATA(disturb) *self)
+static u64 random_offset(struct _test_data_disturb *self)
 {
 	self->seed = self->seed * 6364136223846793005ull + 1442695040888963407ull;
 	return self->half + (self->seed >> 33) % (self->half / SZ_4K) * SZ_4K;
 }
 
-static void host_fault(FIXTURE_DATA(disturb) *self)
+static void host_fault(struct _test_data_disturb *self)
 {
 	char *p = self->mem + random_offset(self);
 
@@ -208,12 +210,12 @@ static void host_fault(FIXTURE_DATA(disturb) *self)
 	READ_ONCE(*p);
 }
 
-static void host_fallocate(FIXTURE_DATA(disturb) *self)
+static void host_fallocate(struct _test_data_disturb *self)
 {
 	kvm_fallocate(self->fd, FALLOC_FL_KEEP_SIZE, random_offset(self), SZ_4K);
 }
 
-static void host_mincore(FIXTURE_DATA(disturb) *self)
+static void host_mincore(struct _test_data_disturb *self)
 {
 	unsigned char vec;
 
@@ -221,7 +223,7 @@ static void host_mincore(FIXTURE_DATA(disturb) *self)
 }
 
 /* Bind and unbind the file, too: any change of memslots waits for all vCPUs. */
-static void host_memslots(FIXTURE_DATA(disturb) *self)
+static void host_memslots(struct _test_data_disturb *self)
 {
 	gpa_t gpa = GMEM_GPA + 3 * self->half;
 
@@ -230,7 +232,7 @@ static void host_memslots(FIXTURE_DATA(disturb) *self)
 }
 
 /* A conversion of one page unmaps it, so that the guest faults. */
-static void guest_fault(FIXTURE_DATA(disturb) *self)
+static void guest_fault(struct _test_data_disturb *self)
 {
 	u64 offset = random_offset(self);
 
@@ -263,18 +265,18 @@ static void print(const char *where, struct latencies *l)
 		if (l->bucket[i])
 			n += snprintf(line + n, sizeof(line) - n, " <%llu:%ld",
 				      1ull << i, l->bucket[i]);
-	ksft_print_msg("%s: %ld changes of %lu us; %ld operations, the longest %lu us; us:number%s\n",
-		       where, l->nr_changes, l->change_ns / 1000, l->nr,
-		       l->longest_ns[0] / 1000, line);
+	ksft_print_msg("%s: %ld changes of %lu us, %ld operations of at most %lu us\n", where,
+		       l->nr_changes, l->change_ns / 1000, l->nr, l->longest_ns[0] / 1000);
+	ksft_print_msg("%s: us:operations%s\n", where, line);
 }
 
 /*
  * Measure operations while changes are made in @fd.  They are made by a thread of lower
  * priority, so that this one does not wait for a CPU.
  */
-static void measure(FIXTURE_DATA(disturb) *self, struct latencies *l, int fd,
+static void measure(struct _test_data_disturb *self, struct latencies *l, int fd,
 		    bool (*change)(int fd, u64 size, long round),
-		    void (*op)(FIXTURE_DATA(disturb) *self))
+		    void (*op)(struct _test_data_disturb *self))
 {
 	u64 start;
 
@@ -307,9 +309,9 @@ static long nr_stalls(const struct latencies *l, u64 change_ns)
  * per change would take most of it.  Some take long for other reasons, but as many with
  * the change in another file.
  */
-static void expect_undisturbed(FIXTURE_DATA(disturb) *self,
+static void expect_undisturbed(struct _test_data_disturb *self,
 			       bool (*change)(int fd, u64 size, long round),
-			       void (*op)(FIXTURE_DATA(disturb) *self))
+			       void (*op)(struct _test_data_disturb *self))
 {
 	struct latencies other, same;
 	long stalls, limit;
@@ -318,7 +320,7 @@ static void expect_undisturbed(FIXTURE_DATA(disturb) *self,
 	measure(self, &same, self->fd, change, op);
 
 	stalls = nr_stalls(&same, same.change_ns);
-	limit = nr_stalls(&other, same.change_ns) + min(same.nr_changes, (long)NR_LONGEST) / 2;
+	limit = nr_stalls(&other, same.change_ns) + min_t(long, same.nr_changes, NR_LONGEST) / 2;
 	TEST_ASSERT(stalls < limit, "%ld operations took more than half of a change", stalls);
 }
 
@@ -359,20 +361,20 @@ TEST_F_TIMEOUT(disturb, guest_fault, SLOW)
  * Waits in the range that changes
  */
 struct waiter {
-	FIXTURE_DATA(disturb) *self;
-	int (*op)(FIXTURE_DATA(disturb) *self);
+	struct _test_data_disturb *self;
+	int (*op)(struct _test_data_disturb *self);
 	pid_t tid;
 	long begun;		/* change during which the signal was sent, or 0 */
 	long nr_signals;	/* that ended a wait before the change ended */
 };
 
 /* Each access is to a page that the change has unmapped, or is about to. */
-static u64 offset_in_change(FIXTURE_DATA(disturb) *self)
+static u64 offset_in_change(struct _test_data_disturb *self)
 {
 	return random_offset(self) - self->half;
 }
 
-static int guest_access(FIXTURE_DATA(disturb) *self)
+static int guest_access(struct _test_data_disturb *self)
 {
 	struct kvm_vcpu *vcpu = self->vcpu[0];
 	struct ucall uc;
@@ -388,7 +390,7 @@ static int guest_access(FIXTURE_DATA(disturb) *self)
 	return r;
 }
 
-static int pre_fault(FIXTURE_DATA(disturb) *self)
+static int pre_fault(struct _test_data_disturb *self)
 {
 	struct kvm_pre_fault_memory range = {
 		.gpa = GMEM_GPA + offset_in_change(self),
@@ -398,7 +400,7 @@ static int pre_fault(FIXTURE_DATA(disturb) *self)
 	return __vcpu_ioctl(self->vcpu[0], KVM_PRE_FAULT_MEMORY, &range) ? -errno : 0;
 }
 
-static int host_allocate(FIXTURE_DATA(disturb) *self)
+static int host_allocate(struct _test_data_disturb *self)
 {
 	return fallocate(self->fd, FALLOC_FL_KEEP_SIZE, offset_in_change(self), SZ_4K) ?
 	       -errno : 0;
@@ -407,7 +409,7 @@ static int host_allocate(FIXTURE_DATA(disturb) *self)
 static void *run_waiter(void *arg)
 {
 	struct waiter *w = arg;
-	FIXTURE_DATA(disturb) *self = w->self;
+	struct _test_data_disturb *self = w->self;
 	long begun;
 	int r;
 
@@ -424,8 +426,8 @@ static void *run_waiter(void *arg)
 }
 
 /* A signal ends a wait long before the change ends. */
-static void expect_interruptible(FIXTURE_DATA(disturb) *self,
-				 int (*op)(FIXTURE_DATA(disturb) *self))
+static void expect_interruptible(struct _test_data_disturb *self,
+				 int (*op)(struct _test_data_disturb *self))
 {
 	struct waiter w = { .self = self, .op = op };
 	pthread_t thread;
@@ -474,6 +476,57 @@ TEST_F_TIMEOUT(disturb, signal_in_fallocate, SLOW)
 }
 
 /*
+ * Progress in spite of signals
+ */
+static void set_timer(long us)
+{
+	struct itimerval it = { .it_interval.tv_usec = us, .it_value.tv_usec = us };
+
+	TEST_ASSERT(!setitimer(ITIMER_REAL, &it, NULL), "setitimer()");
+}
+
+/* Nothing is to be done for a page that is there, however many pieces it is in. */
+TEST_F_TIMEOUT(disturb, fallocate_with_timer, SLOW)
+{
+	int r, tries = 0;
+
+	set_timer(5000);
+	do {
+		r = fallocate(self->fd, FALLOC_FL_KEEP_SIZE, 0, 2 * self->half);
+	} while (r && errno == EINTR && ++tries < 1000);
+	set_timer(0);
+	ksft_print_msg("%d times interrupted\n", tries);
+	TEST_ASSERT(!r, "errno %d (%s)", errno, strerror(errno));
+}
+
+/* Signals end KVM_RUN while it zeroes a huge page, and the page is zero in the end. */
+TEST_F_TIMEOUT(disturb, first_access_with_timer, SLOW)
+{
+	struct kvm_vcpu *vcpu = self->vcpu[0];
+	struct ucall uc;
+	int nr = 0;
+
+	if (!variant->vcpu || variant->page_size != SZ_1G)
+		SKIP(return, "for 1 GiB pages and a vCPU");
+
+	/* Leave something in the page that the next user must not see. */
+	memset(self->mem, 0xff, self->half);
+	kvm_fallocate(self->fd, PUNCH_HOLE, 0, self->half);
+
+	set_timer(50000);
+	gmem_guest_set(vcpu, GMEM_CHECK_ZERO, GMEM_GPA, self->half, SZ_4K, 0);
+	while (__vcpu_run(vcpu)) {
+		TEST_ASSERT(errno == EINTR && vcpu->run->exit_reason == KVM_EXIT_INTR,
+			    "errno %d, exit reason %u", errno, vcpu->run->exit_reason);
+		nr++;
+	}
+	set_timer(0);
+	TEST_ASSERT_EQ(get_ucall(vcpu, &uc), UCALL_SYNC);
+	ksft_print_msg("%d times interrupted\n", nr);
+	TEST_ASSERT(nr > 3, "%d times interrupted", nr);
+}
+
+/*
  * Users of the range have their turn between changes, even if one follows the other
  * without a pause.
  */
@@ -483,6 +536,8 @@ TEST_F_TIMEOUT(disturb, turns, SLOW)
 {
 	long before, nr, most = 0;
 
+	/* An access zeroes a huge page, which takes longer than SCHED_FIFO allows. */
+	sched_setscheduler(0, SCHED_OTHER, &(struct sched_param) { });
 	self->tight = true;
 	start_changes(self, self->fd, change_contents);
 	while (!READ_ONCE(self->ended))
