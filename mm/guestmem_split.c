@@ -62,20 +62,6 @@ static pgoff_t guestmem_part_size(const struct guestmem_allocator *gm)
 	return 1UL << gm->part_order;
 }
 
-/* Return the first part of the huge page at @index that a change is about. */
-static pgoff_t guestmem_first_part(const struct guestmem_allocator *gm,
-				   const struct guestmem_change *c, pgoff_t index)
-{
-	return max(index, round_down(c->start, guestmem_part_size(gm)));
-}
-
-/* Return the end of the pages of the huge page at @index that a change is about. */
-static pgoff_t guestmem_parts_end(const struct guestmem_allocator *gm,
-				  const struct guestmem_change *c, pgoff_t index)
-{
-	return min(index + (1UL << gm->order), c->end);
-}
-
 static struct page *guestmem_page(const struct hugetlb_split *split, pgoff_t index)
 {
 	return split->page + (index - split->change.index);
@@ -431,6 +417,8 @@ static void guestmem_change_add(struct guestmem_allocator *gm, struct guestmem_c
 	XA_STATE(xas, &gm->mapping->i_pages, index);
 
 	split->change.index = index;
+	split->change.start = max(index, round_down(c->start, guestmem_part_size(gm)));
+	split->change.end = min(index + (1UL << gm->order), c->end);
 	split->change.is_first = is_first;
 	split->change.is_merge = false;
 	split->change.store = xas;
@@ -464,8 +452,7 @@ static int guestmem_prepare_split_page(struct guestmem_allocator *gm,
 
 	split = folio->private;
 	guestmem_change_add(gm, c, split, index, false);
-	for (i = guestmem_first_part(gm, c, index);
-	     i < guestmem_parts_end(gm, c, index); i += size) {
+	for (i = split->change.start; i < split->change.end; i += size) {
 		folio = xa_load(&gm->mapping->i_pages, i);
 		if (!folio_test_large(folio))
 			continue;
@@ -646,21 +633,16 @@ static void guestmem_commit_part(struct guestmem_allocator *gm, struct guestmem_
 static void guestmem_commit_page(struct guestmem_allocator *gm, struct guestmem_change *c,
 				 struct hugetlb_split *split)
 {
-	pgoff_t index = split->change.index, size = guestmem_part_size(gm), i;
+	pgoff_t size = guestmem_part_size(gm), i;
 
 	if (split->change.is_first) {
 		guestmem_split_whole(gm, split, c);
-		return;
-	}
-
-	if (split->change.is_merge) {
+	} else if (split->change.is_merge) {
 		guestmem_merge_whole(gm, split);
-		return;
+	} else {
+		for (i = split->change.start; i < split->change.end; i += size)
+			guestmem_commit_part(gm, c, split, i);
 	}
-
-	for (i = guestmem_first_part(gm, c, index);
-	     i < guestmem_parts_end(gm, c, index); i += size)
-		guestmem_commit_part(gm, c, split, i);
 }
 
 /* Insert the folios of a huge page that have been split or merged. */
@@ -683,8 +665,7 @@ static void guestmem_insert_page(struct guestmem_allocator *gm, struct guestmem_
 		return;
 	}
 
-	for (i = guestmem_first_part(gm, c, index);
-	     i < guestmem_parts_end(gm, c, index); i += size) {
+	for (i = split->change.start; i < split->change.end; i += size) {
 		if (guestmem_is_placeholder(gm->mapping, i))
 			guestmem_insert_range(gm, split, i, i + size);
 	}

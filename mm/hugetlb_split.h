@@ -17,6 +17,8 @@
  * struct hugetlb_split_change - state of one change of a split huge page
  * @node: entry in the owner's list of changes, or in a list for hugetlb_split_free_list()
  * @index: index of the huge page in the owner's file, in base pages
+ * @start: first page of the first part that the change is about, in base pages
+ * @end: end of the pages that the change is about, in base pages
  * @is_first: the huge page is still whole, and this change splits it
  * @is_merge: this change merges all of the huge page
  * @store: how to store the merged folio in the owner's page cache, with the memory for it
@@ -26,6 +28,8 @@
 struct hugetlb_split_change {
 	struct list_head node;
 	pgoff_t index;
+	pgoff_t start;
+	pgoff_t end;
 	bool is_first;
 	bool is_merge;
 	struct xa_state store;
