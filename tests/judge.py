@@ -117,6 +117,7 @@ class Judge(unittest.TestCase):
 
     def test_tap(self):
         self.objects("no plan", output=TAP[2:])
+        self.objects("no test ran", output=["1..0"])
         self.objects("1 of 2", output=TAP[:3])
         self.objects("3 of 2", output=TAP + ["ok 3 three"])
         self.objects("more than one plan", output=TAP + ["1..2"])
