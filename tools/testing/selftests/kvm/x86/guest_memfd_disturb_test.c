@@ -81,8 +81,8 @@ FIXTURE_VARIANT(disturb)
 
 FIXTURE_VARIANT_ADD(disturb, base) { SZ_4K, SZ_128M, false };
 FIXTURE_VARIANT_ADD(disturb, base_vcpu) { SZ_4K, SZ_128M, true };
-FIXTURE_VARIANT_ADD(disturb, huge_2m) { SZ_2M, 16 * SZ_2M, false };
-FIXTURE_VARIANT_ADD(disturb, huge_2m_vcpu) { SZ_2M, 16 * SZ_2M, true };
+FIXTURE_VARIANT_ADD(disturb, huge_2m) { SZ_2M, 64 * SZ_2M, false };
+FIXTURE_VARIANT_ADD(disturb, huge_2m_vcpu) { SZ_2M, 64 * SZ_2M, true };
 FIXTURE_VARIANT_ADD(disturb, huge_1g) { SZ_1G, SZ_1G, false };
 FIXTURE_VARIANT_ADD(disturb, huge_1g_vcpu) { SZ_1G, SZ_1G, true };
 

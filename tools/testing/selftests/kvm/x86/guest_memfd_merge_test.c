@@ -5,6 +5,7 @@
  * The number of vmemmap pages tells whether a huge page is split, so the pool's pages
  * must have an optimized vmemmap.
  */
+#include <dirent.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -24,9 +25,15 @@
 
 #define DELAY_FILE	"/sys/module/kvm/parameters/gmem_merge_delay_ms"
 
+#define FAULT_INJECTION	"/sys/kernel/debug/"
+
 /* Long enough to see that a huge page is still split, and too long to wait for. */
 #define DELAY_MS	1000
 #define NEVER_MS	1000000
+#define SHORT_MS	20
+
+#define MAX_NTH		10
+#define MAX_WORKERS	64
 
 #define PATTERN		0x600d600d00000000ull
 #define SLOW		300
@@ -262,6 +269,103 @@ TEST_F_TIMEOUT(merge, not_what_is_shared, SLOW)
 	guest_check(self);
 	convert(self, 0, SZ_4K, PRIVATE);
 	wait_for_merge(whole);
+}
+
+/* Let allocations fail that may sleep, and allocations of single pages. */
+static void set_up_fault_injection(void)
+{
+	write_number(FAULT_INJECTION "failslab/ignore-gfp-wait", 0);
+	write_number(FAULT_INJECTION "failslab/verbose", 0);
+	write_number(FAULT_INJECTION "fail_page_alloc/ignore-gfp-wait", 0);
+	write_number(FAULT_INJECTION "fail_page_alloc/ignore-gfp-highmem", 0);
+	write_number(FAULT_INJECTION "fail_page_alloc/min-order", 0);
+	write_number(FAULT_INJECTION "fail_page_alloc/verbose", 0);
+}
+
+static FILE *open_fail_nth(long pid)
+{
+	char path[64];
+
+	snprintf(path, sizeof(path), "/proc/%ld/fail-nth", pid);
+	return fopen(path, "r+");
+}
+
+static bool runs_work(long pid)
+{
+	char path[64], comm[16] = "";
+	FILE *f;
+
+	snprintf(path, sizeof(path), "/proc/%ld/comm", pid);
+	f = fopen(path, "r");
+	if (f) {
+		fgets(comm, sizeof(comm), f);
+		fclose(f);
+	}
+	return !strncmp(comm, "kworker/u", 9);
+}
+
+/* Let the nth allocation from now on fail in each task that runs work.  Return their number. */
+static int fail_in_workers(int nth, long pids[MAX_WORKERS])
+{
+	DIR *proc = opendir("/proc");
+	struct dirent *d;
+	int nr = 0;
+	FILE *f;
+
+	TEST_ASSERT(proc, "Can't read /proc");
+	while ((d = readdir(proc)) && nr < MAX_WORKERS) {
+		pids[nr] = atol(d->d_name);
+		if (!pids[nr] || !runs_work(pids[nr]))
+			continue;
+		f = open_fail_nth(pids[nr]);
+		if (!f)
+			continue;
+		fprintf(f, "%d", nth);
+		fclose(f);
+		nr++;
+	}
+	closedir(proc);
+	return nr;
+}
+
+/* End that.  Return in how many of the tasks an allocation has failed. */
+static int stop_failures(int nr, const long pids[])
+{
+	int i, failed = 0;
+	FILE *f;
+
+	for (i = 0; i < nr; i++) {
+		f = open_fail_nth(pids[i]);
+		if (!f)
+			continue;
+		failed += fgetc(f) == '0';
+		rewind(f);
+		fputc('0', f);
+		fclose(f);
+	}
+	return failed;
+}
+
+/* A merge that fails is repeated after the delay. */
+TEST_F_TIMEOUT(merge, allocation_fails, SLOW)
+{
+	long whole = vmemmap_pages(), pids[MAX_WORKERS];
+	int nth, nr, failed = 0;
+
+	if (access("/proc/self/fail-nth", W_OK))
+		SKIP(return, "needs CONFIG_FAILSLAB and CONFIG_FAIL_PAGE_ALLOC");
+
+	set_up_fault_injection();
+	set_delay(SHORT_MS);
+	for (nth = 1; nth <= MAX_NTH; nth++) {
+		nr = fail_in_workers(nth, pids);
+		split_all(self, variant->page_size);
+		wait_for_merge(whole);
+		failed += stop_failures(nr, pids);
+		guest_check(self);
+	}
+	ksft_print_msg("%d allocations failed\n", failed);
+	TEST_ASSERT(failed, "No allocation has failed");
 }
 
 int main(int argc, char *argv[])
