@@ -365,8 +365,6 @@ static void kvm_gmem_convert_commit(struct gmem_conversion *c)
 
 	if (to_private)
 		kvm_gmem_merge_range(gi, c->start, c->end);
-	else
-		kvm_gmem_merge_postpone(gi, c->start, c->end);
 }
 
 /* Convert a range for which the attributes are ready to be stored. */

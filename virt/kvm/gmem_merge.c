@@ -9,9 +9,9 @@
  * A guest that shares memory often takes it back soon, and shares it again.
  * Splitting and merging its huge page each time would be expensive for the guest,
  * and for the whole host, as it flushes the TLBs of all CPUs.  So a conversion to
- * private only marks the huge page, and a worker merges it when it has not been
- * converted for kvm.gmem_merge_delay_ms.  The guest's mappings do not depend on
- * that: a fault maps as much memory as is private.
+ * private only marks the huge page, and a worker merges it when none of its pages
+ * has become private for kvm.gmem_merge_delay_ms.  The guest's mappings do not
+ * depend on that: a fault maps as much memory as is private.
  *
  * Merging is a change of a range like any other, see gmem_range.c.  It has no effect
  * on the contents or attributes of the memory, so it may fail, and is repeated after
@@ -129,22 +129,6 @@ static void kvm_gmem_merge_work(struct work_struct *work)
 		gg->one_by_one = false;
 	else
 		kvm_gmem_merge_queue(gi);
-}
-
-/* Restart the delay of the huge pages that the range is in: it becomes shared. */
-void kvm_gmem_merge_postpone(struct gmem_inode *gi, pgoff_t start, pgoff_t end)
-{
-	unsigned long size = 1UL << gi->allocator.order, i, nr;
-	struct gmem_merge *gg = &gi->merge;
-
-	lockdep_assert_held(&gi->ranges.change_lock);
-
-	nr = min(DIV_ROUND_UP(end, size), gg->nr_pages);
-	i = start / size;
-	for_each_set_bit_from(i, gg->due, nr) {
-		__clear_bit(i, gg->due);
-		__set_bit(i, gg->later);
-	}
 }
 
 /* Check whether the memory around a range that has become private includes a part. */

@@ -29,6 +29,5 @@ int kvm_gmem_merge_init(struct gmem_inode *gi);
 void kvm_gmem_merge_stop(struct gmem_inode *gi);
 void kvm_gmem_merge_destroy(struct gmem_inode *gi);
 void kvm_gmem_merge_range(struct gmem_inode *gi, pgoff_t start, pgoff_t end);
-void kvm_gmem_merge_postpone(struct gmem_inode *gi, pgoff_t start, pgoff_t end);
 
 #endif /* __KVM_GMEM_MERGE_H__ */
