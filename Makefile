@@ -91,7 +91,7 @@ qemu-check: keep-qemu-tree ## run all of these checks on the series for QEMU, an
 	@$S/qemu-check $(if $(call on,$(QUICK)),--quick)
 
 ##@ Test more
-.PHONY: test-debug test-modules test-plain bench baseline results
+.PHONY: test-debug test-modules test-plain bench chart baseline results
 test-debug: kernel-debug ## run all tests on the debug kernel (FILTER=glob for some)
 	@$S/test --debug $(test-options)
 test-modules: keep-tree ## build KVM as modules and unload them while guest memory is in use
@@ -102,6 +102,9 @@ test-plain: keep-tree ## run the tests of the series on a kernel without the hoo
 	@$S/test --plain $(test-options)
 bench: kernel ## count instructions and compare with the base
 	@$S/bench
+
+chart: ## measure conversions and accesses beside them, and draw results/neighbors.svg
+	@$S/chart
 baseline: keep-tree ## run the existing tests on the unpatched base and write tests/baseline
 	@$S/baseline
 

@@ -165,6 +165,24 @@ own_options()
 	done < <(grep '^CONFIG_' "$top/configs/own.config")
 }
 
+# copy_with COPY DIR...: copy the repository, with these parts of the series only, and make
+# its tree
+copy_with()
+{
+	local copy=$1 dirs=("${@:2}") dir
+
+	mkdir -p "$copy"
+	(cd "$top" && git ls-files -z -co --exclude-standard |
+		rsync -r -l -p --ignore-missing-args --files-from=- -0 . "$copy") || return
+	for dir in "$copy/patches/$series_version"/[0-9]*-*; do
+		[[ " ${dirs[*]} " == *" ${dir##*/} "* ]] || rm -rf "$dir"
+	done
+	series | grep -E "^($(IFS='|'; echo "${dirs[*]}"))/" >"$copy/patches/$series_version/series"
+	"$copy/scripts/tree" || return
+	own_options "$copy/build/linux" >"$copy/build/own.config" || return
+	mv "$copy/build/own.config" "$copy/configs/own.config"
+}
+
 # kconfig_landed CONFIG FRAGMENT...: check that all requested options are in CONFIG.
 # The last request for an option counts.
 kconfig_landed()
