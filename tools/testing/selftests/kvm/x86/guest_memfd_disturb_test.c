@@ -121,6 +121,8 @@ FIXTURE_SETUP(disturb)
 	sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK,
 			   &(struct sched_param) { .sched_priority = 1 });
 	self->half = variant->half;
+	if (variant->page_size == SZ_2M)
+		hugetlb_pool_set(SZ_2M, 3 * self->half / SZ_2M);
 	self->vm = gmem_vm_create(1, self->vcpu);
 	self->fd = create_file(self->vm, variant->page_size, 2 * self->half);
 	/* Only the range that changes is needed in the other file. */
