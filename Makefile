@@ -102,7 +102,6 @@ test-plain: keep-tree ## run the tests of the series on a kernel without the hoo
 	@$S/test --plain $(test-options)
 bench: kernel ## count instructions and compare with the base
 	@$S/bench
-
 chart: ## measure conversions and accesses beside them, and draw results/neighbors.svg
 	@$S/chart
 baseline: keep-tree ## run the existing tests on the unpatched base and write tests/baseline

@@ -112,10 +112,12 @@ static void convert(struct demo_vm *d, u64 offset, u64 size, u64 attributes)
 		    "Can't convert: %s", strerror(errno));
 }
 
-/* The guest accesses the memory so that there are mappings to remove. */
+/* Share memory and take it back, with a guest mapping to remove each time. */
 static void toggle(struct demo_vm *d, u64 size)
 {
+	gmem_guest_do(d->vcpu, GMEM_READ, GMEM_GPA, 8, 8, 0);
 	convert(d, 0, size, 0);
+	gmem_guest_do(d->vcpu, GMEM_READ, GMEM_GPA, 8, 8, 0);
 	convert(d, 0, size, KVM_MEMORY_ATTRIBUTE_PRIVATE);
 }
 

@@ -7,9 +7,10 @@
  *
  * "scale" compares the time of many threads with the time of one for the same work.  It
  * needs two CPUs, two pages of 1 GiB and 64 of 2 MiB.  Without in-place conversion it
- * measures what there is instead: attributes of the VM, and base pages.  "stall" makes conversions of
- * various sizes, and measures accesses to the rest of the file meanwhile.  It needs two
- * pages of 1 GiB, and one CPU is enough.
+ * measures what there is instead: attributes of the VM, and base pages.
+ *
+ * "stall" makes conversions of various sizes, and measures accesses to the rest of the file
+ * meanwhile.  It needs two pages of 1 GiB, and one CPU is enough.
  */
 #include <pthread.h>
 #include <sched.h>
@@ -187,7 +188,7 @@ static long long access_page(char *p)
 	return now_ns() - start;
 }
 
-/* Return the longest access beside one change. */
+/* Return the longest access beside one change, or before it if the change is too short. */
 static long long stall(struct change *c, char *other)
 {
 	long long ns, longest = 0;
@@ -196,11 +197,11 @@ static long long stall(struct change *c, char *other)
 
 	c->ended = false;
 	kvm_pthread_create(&thread, NULL, run_change, c);
-	while (!__atomic_load_n(&c->ended, __ATOMIC_ACQUIRE)) {
+	do {
 		ns = access_page(other + i++ % 1024 * SZ_4K);
 		longest = ns > longest ? ns : longest;
 		usleep(50);
-	}
+	} while (!__atomic_load_n(&c->ended, __ATOMIC_ACQUIRE));
 	kvm_pthread_join(thread, NULL);
 	TEST_ASSERT(!gmem_convert(c->fd, 0, c->size, 0, NULL), "Can't convert: %s",
 		    strerror(errno));

@@ -366,7 +366,7 @@ static void guestmem_hugetlb_free(struct guestmem_allocator *gm, pgoff_t start,
 				  pgoff_t end)
 {
 	enum lru_cache_drained drained = LRU_CACHE_NOT_DRAINED;
-	unsigned long index = start;
+	unsigned long index;
 	unsigned int nr = 0;
 	LIST_HEAD(list);
 
@@ -376,9 +376,16 @@ static void guestmem_hugetlb_free(struct guestmem_allocator *gm, pgoff_t start,
 
 	guestmem_hugetlb_free_partial(gm, start, end);
 
-	/* Unmap everything first, so that folio batches are drained only once. */
-	unmap_mapping_pages(gm->mapping, start, end - start, false);
+	/*
+	 * Unmap everything first, so that folio batches are drained only once.  But unmap
+	 * no more at a time than guests can wait for: they cannot fault meanwhile.
+	 */
+	for (index = start; index < end; index += 1UL << gm->order) {
+		unmap_mapping_pages(gm->mapping, index, 1UL << gm->order, false);
+		cond_resched();
+	}
 
+	index = start;
 	while (index < end &&
 	       xa_find(&gm->mapping->i_pages, &index, end - 1, XA_PRESENT)) {
 		index = round_down(index, 1UL << gm->order);

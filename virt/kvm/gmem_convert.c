@@ -38,6 +38,7 @@
 #include <linux/pagemap.h>
 #include <linux/sched/signal.h>
 #include <linux/sched/stat.h>
+#include <linux/sizes.h>
 #include <linux/swap.h>
 
 #include <trace/events/kvm.h>
@@ -51,6 +52,12 @@
 #define GMEM_WAIT_US		100
 #define GMEM_NR_WAITS		100
 #define GMEM_NR_BUSY_WAITS	1000
+
+/*
+ * Number of pages to unmap from the host at a time.  KVM regards MMU notifiers that
+ * run at the same time as one range, in which no guest can fault.
+ */
+#define GMEM_CONVERT_NR_UNMAP	(SZ_32M >> PAGE_SHIFT)
 
 /*
  * Number of deferred folios that causes a recheck of all of them.  One more
@@ -228,9 +235,14 @@ static int kvm_gmem_convert_check_folio(struct gmem_conversion *c, struct folio 
  */
 static int kvm_gmem_convert_take_from_host(struct gmem_conversion *c)
 {
+	pgoff_t index;
 	int r;
 
-	unmap_mapping_pages(c->inode->i_mapping, c->start, c->end - c->start, false);
+	for (index = c->start; index < c->end; index += GMEM_CONVERT_NR_UNMAP) {
+		unmap_mapping_pages(c->inode->i_mapping, index,
+				    min(c->end - index, GMEM_CONVERT_NR_UNMAP), false);
+		cond_resched();
+	}
 
 	r = kvm_gmem_convert_walk_folios(c, true, kvm_gmem_convert_unmap_folio);
 	if (r)

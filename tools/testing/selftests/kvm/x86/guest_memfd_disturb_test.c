@@ -31,7 +31,11 @@
 
 #define PUNCH_HOLE	(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
 
-#define SLOW		300
+#define SLOW		600
+
+/* Where files are bound besides GMEM_GPA: never accessed by the guest */
+#define OTHER_GPA	(GMEM_GPA + 16ull * SZ_1G)
+#define UNUSED_GPA	(GMEM_GPA + 32ull * SZ_1G)
 
 /* Changes that one measurement takes, and operations that it needs at least. */
 #define NR_CHANGES	16
@@ -56,17 +60,19 @@ FIXTURE(disturb)
 {
 	struct kvm_vm *vm;
 	struct kvm_vcpu *vcpu[GMEM_MAX_VCPUS];
-	u64 half;		/* the file has two halves; the first one changes */
-	int fd, other;		/* the file, and another one of the same size */
+	u64 range;		/* the start of the file, which changes */
+	u64 rest;		/* what follows in the file, and does not change */
+	int fd, other;		/* the file, and another one that has only the range */
 	char *mem;		/* mapping of the file */
 	char *unused;		/* memory for a memslot without guest_memfd */
 
 	/* the thread that makes the changes */
 	pthread_t thread;
 	int change_fd;
-	bool (*change)(int fd, u64 size, long round);
+	bool (*change)(struct _test_data_disturb *self, long round);
 	bool stop, tight;
 	long begun, ended;
+	u64 begun_ns[2], ended_ns[2];	/* times of the last two changes */
 	u64 change_ns;
 
 	u64 seed;
@@ -75,16 +81,18 @@ FIXTURE(disturb)
 FIXTURE_VARIANT(disturb)
 {
 	u64 page_size;
-	u64 half;
+	u64 range;
+	u64 rest;
 	bool vcpu;
 };
 
-FIXTURE_VARIANT_ADD(disturb, base) { SZ_4K, SZ_128M, false };
-FIXTURE_VARIANT_ADD(disturb, base_vcpu) { SZ_4K, SZ_128M, true };
-FIXTURE_VARIANT_ADD(disturb, huge_2m) { SZ_2M, 64 * SZ_2M, false };
-FIXTURE_VARIANT_ADD(disturb, huge_2m_vcpu) { SZ_2M, 64 * SZ_2M, true };
-FIXTURE_VARIANT_ADD(disturb, huge_1g) { SZ_1G, SZ_1G, false };
-FIXTURE_VARIANT_ADD(disturb, huge_1g_vcpu) { SZ_1G, SZ_1G, true };
+FIXTURE_VARIANT_ADD(disturb, base) { SZ_4K, SZ_128M, SZ_128M, false };
+FIXTURE_VARIANT_ADD(disturb, base_8g) { SZ_4K, 8ull * SZ_1G, SZ_128M, false };
+FIXTURE_VARIANT_ADD(disturb, base_vcpu) { SZ_4K, SZ_128M, SZ_128M, true };
+FIXTURE_VARIANT_ADD(disturb, huge_2m) { SZ_2M, SZ_128M, SZ_128M, false };
+FIXTURE_VARIANT_ADD(disturb, huge_2m_vcpu) { SZ_2M, SZ_128M, SZ_128M, true };
+FIXTURE_VARIANT_ADD(disturb, huge_1g) { SZ_1G, SZ_1G, SZ_1G, false };
+FIXTURE_VARIANT_ADD(disturb, huge_1g_vcpu) { SZ_1G, SZ_1G, SZ_1G, true };
 
 static u64 now_ns(void)
 {
@@ -94,18 +102,18 @@ static u64 now_ns(void)
 	return t.tv_sec * NSEC_PER_SEC + t.tv_nsec;
 }
 
+static u64 signal_ns;
+
 static void on_signal(int sig)
 {
+	WRITE_ONCE(signal_ns, now_ns());
 }
 
 static int create_file(struct kvm_vm *vm, u64 page_size, u64 size)
 {
-	int fd = vm_create_guest_memfd(vm, size, gmem_flags(page_size) |
-				       GUEST_MEMFD_FLAG_MMAP |
-				       GUEST_MEMFD_FLAG_INIT_SHARED);
-
-	kvm_fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, size);
-	return fd;
+	return vm_create_guest_memfd(vm, size, gmem_flags(page_size) |
+				     GUEST_MEMFD_FLAG_MMAP |
+				     GUEST_MEMFD_FLAG_INIT_SHARED);
 }
 
 FIXTURE_SETUP(disturb)
@@ -120,16 +128,22 @@ FIXTURE_SETUP(disturb)
 	sigaction(SIGALRM, &sa, NULL);
 	sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK,
 			   &(struct sched_param) { .sched_priority = 1 });
-	self->half = variant->half;
+	self->range = variant->range;
+	self->rest = variant->rest;
 	if (variant->page_size == SZ_2M)
-		hugetlb_pool_set(SZ_2M, 3 * self->half / SZ_2M);
+		hugetlb_pool_set(SZ_2M, (2 * self->range + self->rest) / SZ_2M);
 	self->vm = gmem_vm_create(1, self->vcpu);
-	self->fd = create_file(self->vm, variant->page_size, 2 * self->half);
-	/* Only the range that changes is needed in the other file. */
-	self->other = create_file(self->vm, variant->page_size, self->half);
+	self->fd = create_file(self->vm, variant->page_size, self->range + self->rest);
+	self->other = create_file(self->vm, variant->page_size, self->range);
+	kvm_fallocate(self->fd, FALLOC_FL_KEEP_SIZE, self->range, self->rest);
+
+	/* With its mapping as userspace_addr, unmapping from the host does so from guests. */
+	self->mem = kvm_mmap(self->range + self->rest, PROT_READ | PROT_WRITE, MAP_SHARED,
+			     self->fd);
 	vm_set_user_memory_region2(self->vm, GMEM_SLOT, KVM_MEM_GUEST_MEMFD, GMEM_GPA,
-				   2 * self->half, NULL, self->fd, 0);
-	self->mem = kvm_mmap(2 * self->half, PROT_READ | PROT_WRITE, MAP_SHARED, self->fd);
+				   self->range + self->rest - SZ_4K, self->mem, self->fd, 0);
+	vm_set_user_memory_region2(self->vm, GMEM_SLOT + 1, KVM_MEM_GUEST_MEMFD, OTHER_GPA,
+				   self->range, NULL, self->other, 0);
 	self->unused = kvm_mmap(SZ_4K, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
 				-1);
 }
@@ -137,7 +151,7 @@ FIXTURE_SETUP(disturb)
 FIXTURE_TEARDOWN(disturb)
 {
 	kvm_munmap(self->unused, SZ_4K);
-	kvm_munmap(self->mem, 2 * self->half);
+	kvm_munmap(self->mem, self->range + self->rest);
 	kvm_close(self->other);
 	kvm_close(self->fd);
 	kvm_vm_free(self->vm);
@@ -146,14 +160,24 @@ FIXTURE_TEARDOWN(disturb)
 /*
  * Changes: every other one undoes the one before, and is not measured.
  */
-static bool change_attributes(int fd, u64 size, long round)
+static bool change_attributes(struct _test_data_disturb *self, long round)
 {
-	return !gmem_convert(fd, 0, size, round & 1 ? SHARED : PRIVATE, NULL);
+	return !gmem_convert(self->change_fd, 0, self->range, round & 1 ? SHARED : PRIVATE,
+			     NULL);
 }
 
-static bool change_contents(int fd, u64 size, long round)
+static bool change_contents(struct _test_data_disturb *self, long round)
 {
-	return !fallocate(fd, round & 1 ? FALLOC_FL_KEEP_SIZE : PUNCH_HOLE, 0, size);
+	return !fallocate(self->change_fd, round & 1 ? FALLOC_FL_KEEP_SIZE : PUNCH_HOLE, 0,
+			  self->range);
+}
+
+/* Write contents to private memory, as firmware does when a VM is launched. */
+static bool change_by_populating(struct _test_data_disturb *self, long round)
+{
+	gpa_t gpa = self->change_fd == self->fd ? GMEM_GPA : OTHER_GPA;
+
+	return round & 1 || !gmem_populate(self->vm, gpa, self->range / SZ_4K, NULL);
 }
 
 static void *make_changes(void *arg)
@@ -164,11 +188,13 @@ static void *make_changes(void *arg)
 
 	while (!READ_ONCE(self->stop) || round & 1) {
 		start = now_ns();
+		self->begun_ns[round & 1] = start;
 		WRITE_ONCE(self->begun, round + 1);
-		TEST_ASSERT(self->change(self->change_fd, self->half, round),
+		TEST_ASSERT(self->change(self, round),
 			    "Change %ld: errno %d (%s)", round, errno, strerror(errno));
+		self->ended_ns[round & 1] = now_ns();
 		if (!(round & 1))
-			self->change_ns += now_ns() - start;
+			self->change_ns += self->ended_ns[0] - start;
 		WRITE_ONCE(self->ended, ++round);
 		/* Let others go on between two changes. */
 		if (!self->tight)
@@ -178,8 +204,9 @@ static void *make_changes(void *arg)
 }
 
 static void start_changes(struct _test_data_disturb *self, int fd,
-			  bool (*change)(int fd, u64 size, long round))
+			  bool (*change)(struct _test_data_disturb *self, long round))
 {
+	kvm_fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, self->range);
 	self->change_fd = fd;
 	self->change = change;
 	self->stop = false;
@@ -196,12 +223,18 @@ static void stop_changes(struct _test_data_disturb *self)
 }
 
 /*
- * Operations on the second half of the file
+ * Operations on the rest of the file
  */
-static u64 random_offset(struct _test_data_disturb *self)
+static u64 random_page(struct _test_data_disturb *self, u64 size)
 {
 	self->seed = self->seed * 6364136223846793005ull + 1442695040888963407ull;
-	return self->half + (self->seed >> 33) % (self->half / SZ_4K) * SZ_4K;
+	return (self->seed >> 33) % (size / SZ_4K) * SZ_4K;
+}
+
+/* The last page is left to host_memslots(). */
+static u64 random_offset(struct _test_data_disturb *self)
+{
+	return self->range + random_page(self, self->rest - SZ_4K);
 }
 
 static void host_fault(struct _test_data_disturb *self)
@@ -224,22 +257,29 @@ static void host_mincore(struct _test_data_disturb *self)
 	TEST_ASSERT(!mincore(self->mem + random_offset(self), SZ_4K, &vec), "mincore()");
 }
 
-/* Bind and unbind the file, too: any change of memslots waits for all vCPUs. */
+/* Bind and unbind a page of the file, and change a memslot that has nothing to do with it. */
 static void host_memslots(struct _test_data_disturb *self)
 {
-	gpa_t gpa = GMEM_GPA + 3 * self->half;
+	u64 last = self->range + self->rest - SZ_4K;
 
-	vm_set_user_memory_region(self->vm, GMEM_SLOT + 1, 0, gpa, SZ_4K, self->unused);
-	vm_set_user_memory_region(self->vm, GMEM_SLOT + 1, 0, gpa, 0, NULL);
+	vm_set_user_memory_region2(self->vm, GMEM_SLOT + 2, KVM_MEM_GUEST_MEMFD, UNUSED_GPA,
+				   SZ_4K, NULL, self->fd, last);
+	vm_set_user_memory_region(self->vm, GMEM_SLOT + 2, 0, UNUSED_GPA, 0, NULL);
+	vm_set_user_memory_region(self->vm, GMEM_SLOT + 2, 0, UNUSED_GPA, SZ_4K, self->unused);
+	vm_set_user_memory_region(self->vm, GMEM_SLOT + 2, 0, UNUSED_GPA, 0, NULL);
 }
 
-/* A conversion of one page unmaps it, so that the guest faults. */
+/* To unmap the page from the host does so from the guest, too. */
 static void guest_fault(struct _test_data_disturb *self)
 {
+	u64 nr_faults = vcpu_get_stat(self->vcpu[0], pf_fixed);
 	u64 offset = random_offset(self);
 
+	READ_ONCE(self->mem[offset]);
 	madvise(self->mem + offset, SZ_4K, MADV_DONTNEED);
 	gmem_guest_do(self->vcpu[0], GMEM_READ, GMEM_GPA + offset, SZ_4K, SZ_4K, 0);
+	TEST_ASSERT(vcpu_get_stat(self->vcpu[0], pf_fixed) > nr_faults,
+		    "The guest did not fault");
 }
 
 static void add(struct latencies *l, u64 ns)
@@ -277,7 +317,7 @@ static void print(const char *where, struct latencies *l)
  * priority, so that this one does not wait for a CPU.
  */
 static void measure(struct _test_data_disturb *self, struct latencies *l, int fd,
-		    bool (*change)(int fd, u64 size, long round),
+		    bool (*change)(struct _test_data_disturb *self, long round),
 		    void (*op)(struct _test_data_disturb *self))
 {
 	u64 start;
@@ -312,13 +352,15 @@ static long nr_stalls(const struct latencies *l, u64 change_ns)
  * the change in another file.
  */
 static void expect_undisturbed(struct _test_data_disturb *self,
-			       bool (*change)(int fd, u64 size, long round),
+			       bool (*change)(struct _test_data_disturb *self, long round),
 			       void (*op)(struct _test_data_disturb *self))
 {
 	struct latencies other, same;
 	long stalls, limit;
 
 	measure(self, &other, self->other, change, op);
+	/* There may not be memory enough for both files. */
+	kvm_fallocate(self->other, PUNCH_HOLE, 0, self->range);
 	measure(self, &same, self->fd, change, op);
 
 	stalls = nr_stalls(&same, same.change_ns);
@@ -334,6 +376,16 @@ TEST_F_TIMEOUT(disturb, host_fault, SLOW)
 TEST_F_TIMEOUT(disturb, host_fault_and_punch, SLOW)
 {
 	expect_undisturbed(self, change_contents, host_fault);
+}
+
+TEST_F_TIMEOUT(disturb, host_fault_and_populate, SLOW)
+{
+	if (!gmem_can_populate(self->vm))
+		SKIP(return, GMEM_NO_DEBUGFS);
+
+	TEST_ASSERT(!gmem_convert(self->fd, 0, self->range, PRIVATE, NULL) &&
+		    !gmem_convert(self->other, 0, self->range, PRIVATE, NULL), "convert");
+	expect_undisturbed(self, change_by_populating, host_fault);
 }
 
 TEST_F_TIMEOUT(disturb, fallocate, SLOW)
@@ -366,15 +418,9 @@ struct waiter {
 	struct _test_data_disturb *self;
 	int (*op)(struct _test_data_disturb *self);
 	pid_t tid;
-	long begun;		/* change during which the signal was sent, or 0 */
-	long nr_signals;	/* that ended a wait before the change ended */
+	bool in_op;
+	long nr_interrupted;
 };
-
-/* Each access is to a page that the change has unmapped, or is about to. */
-static u64 offset_in_change(struct _test_data_disturb *self)
-{
-	return random_offset(self) - self->half;
-}
 
 static int guest_access(struct _test_data_disturb *self)
 {
@@ -382,7 +428,7 @@ static int guest_access(struct _test_data_disturb *self)
 	struct ucall uc;
 	int r;
 
-	gmem_guest_set(vcpu, GMEM_READ, GMEM_GPA + offset_in_change(self), SZ_4K, SZ_4K, 0);
+	gmem_guest_set(vcpu, GMEM_READ, GMEM_GPA + random_page(self, self->range), SZ_4K, SZ_4K, 0);
 	r = __vcpu_run(vcpu) ? -errno : 0;
 	TEST_ASSERT(!r || r == -EINTR, "KVM_RUN: %s", strerror(-r));
 	if (r)
@@ -395,65 +441,109 @@ static int guest_access(struct _test_data_disturb *self)
 static int pre_fault(struct _test_data_disturb *self)
 {
 	struct kvm_pre_fault_memory range = {
-		.gpa = GMEM_GPA + offset_in_change(self),
+		.gpa = GMEM_GPA + random_page(self, self->range),
 		.size = SZ_4K,
 	};
 
 	return __vcpu_ioctl(self->vcpu[0], KVM_PRE_FAULT_MEMORY, &range) ? -errno : 0;
 }
 
+/*
+ * A fault of the host is not interrupted but starts over after the handler.  So the
+ * handler must run before the end of the change.
+ */
+static int host_access(struct _test_data_disturb *self)
+{
+	u64 start = now_ns();
+
+	READ_ONCE(self->mem[random_page(self, self->range)]);
+	return READ_ONCE(signal_ns) > start ? -EINTR : 0;
+}
+
 static int host_allocate(struct _test_data_disturb *self)
 {
-	return fallocate(self->fd, FALLOC_FL_KEEP_SIZE, offset_in_change(self), SZ_4K) ?
+	return fallocate(self->fd, FALLOC_FL_KEEP_SIZE, random_page(self, self->range), SZ_4K) ?
 	       -errno : 0;
 }
 
 static void *run_waiter(void *arg)
 {
 	struct waiter *w = arg;
-	struct _test_data_disturb *self = w->self;
-	long begun;
 	int r;
 
 	WRITE_ONCE(w->tid, gettid());
-	while (READ_ONCE(w->nr_signals) < NR_SIGNALS && !READ_ONCE(self->stop)) {
-		r = w->op(self);
-		begun = READ_ONCE(w->begun);
+	while (!READ_ONCE(w->self->stop)) {
+		WRITE_ONCE(w->in_op, true);
+		r = w->op(w->self);
+		WRITE_ONCE(w->in_op, false);
 		TEST_ASSERT(!r || r == -EINTR || r == -EAGAIN, "%s", strerror(-r));
-		if (r == -EINTR && begun && READ_ONCE(self->ended) < begun)
-			WRITE_ONCE(w->nr_signals, w->nr_signals + 1);
-		WRITE_ONCE(w->begun, 0);
+		w->nr_interrupted += r == -EINTR;
 	}
 	return NULL;
 }
 
-/* A signal ends a wait long before the change ends. */
+/* Return whether the waiter is in the kernel and sleeps, whatever a signal can do. */
+static bool is_waiting(struct waiter *w)
+{
+	char path[64], state = 0;
+	FILE *f;
+
+	if (!READ_ONCE(w->in_op))
+		return false;
+
+	snprintf(path, sizeof(path), "/proc/self/task/%d/stat", w->tid);
+	f = fopen(path, "r");
+	TEST_ASSERT(f && fscanf(f, "%*d (%*[^)]) %c", &state) == 1, "Can't read %s", path);
+	fclose(f);
+	return state == 'S' || state == 'D';
+}
+
+/* Send a signal during a wait.  Return whether its handler ran long before the change ended. */
+static bool send_signal(struct waiter *w)
+{
+	struct _test_data_disturb *self = w->self;
+	long begun = READ_ONCE(self->begun);
+	u64 sent_ns, begun_ns, ended_ns;
+
+	while (READ_ONCE(self->begun) == begun)
+		usleep(100);
+	begun = READ_ONCE(self->begun);
+	while (READ_ONCE(self->ended) < begun && !is_waiting(w))
+		usleep(100);
+	if (READ_ONCE(self->ended) >= begun)
+		return false;
+
+	sent_ns = now_ns();
+	WRITE_ONCE(signal_ns, 0);
+	syscall(SYS_tgkill, getpid(), w->tid, SIGUSR1);
+	while (READ_ONCE(self->ended) < begun || !READ_ONCE(signal_ns))
+		usleep(100);
+
+	begun_ns = READ_ONCE(self->begun_ns[(begun - 1) & 1]);
+	ended_ns = READ_ONCE(self->ended_ns[(begun - 1) & 1]);
+	return sent_ns > begun_ns && signal_ns + (ended_ns - begun_ns) / 4 < ended_ns;
+}
+
 static void expect_interruptible(struct _test_data_disturb *self,
+				 bool (*change)(struct _test_data_disturb *self, long round),
 				 int (*op)(struct _test_data_disturb *self))
 {
 	struct waiter w = { .self = self, .op = op };
 	pthread_t thread;
-	long begun;
-	int i;
+	int i, nr = 0;
 
-	start_changes(self, self->fd, change_attributes);
+	start_changes(self, self->fd, change);
 	kvm_pthread_create(&thread, NULL, run_waiter, &w);
 	while (!READ_ONCE(w.tid))
 		usleep(100);
 
-	for (i = 0; i < NR_ATTEMPTS && READ_ONCE(w.nr_signals) < NR_SIGNALS; i++) {
-		/* Let the change and the waiter go on before the signal. */
-		begun = READ_ONCE(self->begun);
-		while (READ_ONCE(self->begun) == begun || READ_ONCE(w.begun))
-			usleep(100);
-		usleep(1000);
-		WRITE_ONCE(w.begun, READ_ONCE(self->begun));
-		syscall(SYS_tgkill, getpid(), w.tid, SIGUSR1);
-	}
+	for (i = 0; i < NR_ATTEMPTS && nr < NR_SIGNALS; i++)
+		nr += send_signal(&w);
 	stop_changes(self);
 	kvm_pthread_join(thread, NULL);
-	ksft_print_msg("%ld waits ended by %d signals\n", w.nr_signals, i);
-	TEST_ASSERT(w.nr_signals >= NR_SIGNALS, "Signals do not end a wait");
+	ksft_print_msg("%d of %d signals handled long before the change ended\n", nr, i);
+	TEST_ASSERT(nr >= NR_SIGNALS, "Signals do not end a wait");
+	TEST_ASSERT(w.nr_interrupted >= NR_SIGNALS, "Signals do not interrupt an operation");
 }
 
 TEST_F_TIMEOUT(disturb, signal_in_kvm_run, SLOW)
@@ -461,7 +551,7 @@ TEST_F_TIMEOUT(disturb, signal_in_kvm_run, SLOW)
 	if (!variant->vcpu)
 		SKIP(return, "for variants with a vCPU");
 
-	expect_interruptible(self, guest_access);
+	expect_interruptible(self, change_attributes, guest_access);
 }
 
 TEST_F_TIMEOUT(disturb, signal_in_pre_fault, SLOW)
@@ -469,12 +559,20 @@ TEST_F_TIMEOUT(disturb, signal_in_pre_fault, SLOW)
 	if (!variant->vcpu)
 		SKIP(return, "for variants with a vCPU");
 
-	expect_interruptible(self, pre_fault);
+	expect_interruptible(self, change_attributes, pre_fault);
 }
 
 TEST_F_TIMEOUT(disturb, signal_in_fallocate, SLOW)
 {
-	expect_interruptible(self, host_allocate);
+	expect_interruptible(self, change_attributes, host_allocate);
+}
+
+TEST_F_TIMEOUT(disturb, signal_in_host_fault, SLOW)
+{
+	if (variant->page_size == SZ_1G)
+		SKIP(return, "an access zeroes the page");
+
+	expect_interruptible(self, change_contents, host_access);
 }
 
 /*
@@ -495,9 +593,10 @@ TEST_F_TIMEOUT(disturb, fallocate_with_timer, SLOW)
 	if (variant->page_size == SZ_4K)
 		SKIP(return, "for huge pages");
 
+	kvm_fallocate(self->fd, FALLOC_FL_KEEP_SIZE, 0, self->range);
 	set_timer(5000);
 	do {
-		r = fallocate(self->fd, FALLOC_FL_KEEP_SIZE, 0, 2 * self->half);
+		r = fallocate(self->fd, FALLOC_FL_KEEP_SIZE, 0, self->range + self->rest);
 	} while (r && errno == EINTR && ++tries < 1000);
 	set_timer(0);
 	ksft_print_msg("%d times interrupted\n", tries);
@@ -515,11 +614,11 @@ TEST_F_TIMEOUT(disturb, first_access_with_timer, SLOW)
 		SKIP(return, "for 1 GiB pages and a vCPU");
 
 	/* Leave something in the page that the next user must not see. */
-	memset(self->mem, 0xff, self->half);
-	kvm_fallocate(self->fd, PUNCH_HOLE, 0, self->half);
+	memset(self->mem, 0xff, self->range);
+	kvm_fallocate(self->fd, PUNCH_HOLE, 0, self->range);
 
 	set_timer(50000);
-	gmem_guest_set(vcpu, GMEM_CHECK_ZERO, GMEM_GPA, self->half, SZ_4K, 0);
+	gmem_guest_set(vcpu, GMEM_CHECK_ZERO, GMEM_GPA, self->range, SZ_4K, 0);
 	while (__vcpu_run(vcpu)) {
 		TEST_ASSERT(errno == EINTR && vcpu->run->exit_reason == KVM_EXIT_INTR,
 			    "errno %d, exit reason %u", errno, vcpu->run->exit_reason);
@@ -549,7 +648,7 @@ TEST_F_TIMEOUT(disturb, turns, SLOW)
 		usleep(100);
 	while (READ_ONCE(self->ended) <= 2 * MOST_CHANGES) {
 		before = READ_ONCE(self->ended);
-		READ_ONCE(self->mem[offset_in_change(self)]);
+		READ_ONCE(self->mem[random_page(self, self->range)]);
 		nr = READ_ONCE(self->ended) - before;
 		most = max(most, nr);
 		usleep(200);

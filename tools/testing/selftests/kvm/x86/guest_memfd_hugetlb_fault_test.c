@@ -669,32 +669,6 @@ TEST_F_TIMEOUT(numa, fault_on_an_empty_node_takes_no_surplus, SLOW)
 	}
 }
 
-/*
- * kvm_gmem_populate() writes 4 KiB, but the kernel must clear all of a huge
- * page.  Only TDX and SNP call it.  With CONFIG_KVM_GMEM_TEST=y, a debugfs file
- * also calls it, with a callback that copies the source if there is one.
- */
-static int populate(struct kvm_vm *vm, gpa_t gpa, long nr, void *src)
-{
-	char cmd[128];
-	int fd, len, r;
-
-	fd = gmem_open_debugfs(vm, "gmem_populate");
-	if (fd < 0)
-		return -ENOENT;
-
-	len = snprintf(cmd, sizeof(cmd), "0x%lx %ld 0x%lx\n", gpa >> 12, nr,
-		       (unsigned long)src);
-	r = write(fd, cmd, len) == len ? 0 : -errno;
-	close(fd);
-	return r;
-}
-
-static bool can_populate(struct kvm_vm *vm)
-{
-	return populate(vm, 0, 0, NULL) != -ENOENT;
-}
-
 static u64 *populate_source(long nr)
 {
 	u64 *src = kvm_mmap(nr * SZ_4K, PROT_READ | PROT_WRITE,
@@ -712,12 +686,12 @@ TEST_F_TIMEOUT(fault, populate_exposes_none_of_the_old_contents, SLOW)
 	gpa_t gpa = GMEM_GPA + (page_size > SZ_4K ? 3 * SZ_4K : 0);
 	gpa_t end = GMEM_GPA + page_size;
 
-	if (!can_populate(self->t.vm))
+	if (!gmem_can_populate(self->t.vm))
 		SKIP(return, GMEM_NO_DEBUGFS);
 
 	create_file_on_dirty_pages(&self->t);
 
-	ASSERT_EQ(0, populate(self->t.vm, gpa, 1, populate_source(1)));
+	ASSERT_EQ(0, gmem_populate(self->t.vm, gpa, 1, populate_source(1)));
 	hugetlb_expect(&self->t.before, -1, self->t.nr - 1, "one page populated");
 
 	gmem_guest_do(self->t.vcpus[0], GMEM_CHECK, gpa, SZ_4K, 8, PATTERN);
@@ -732,7 +706,7 @@ TEST_F_TIMEOUT(fault, populate_without_a_source_leaves_zeros, SLOW)
 	const size_t page_size = self->t.page_size;
 	size_t size;
 
-	if (!can_populate(self->t.vm))
+	if (!gmem_can_populate(self->t.vm))
 		SKIP(return, GMEM_NO_DEBUGFS);
 
 	size = create_file_on_dirty_pages(&self->t);
@@ -743,8 +717,8 @@ TEST_F_TIMEOUT(fault, populate_without_a_source_leaves_zeros, SLOW)
 		kvm_fallocate(self->t.fd, PUNCH_HOLE, 0, size);
 	}
 
-	ASSERT_EQ(0, populate(self->t.vm, GMEM_GPA, page_size == SZ_4K ? size / SZ_4K : 2,
-			      NULL));
+	ASSERT_EQ(0, gmem_populate(self->t.vm, GMEM_GPA,
+				   page_size == SZ_4K ? size / SZ_4K : 2, NULL));
 	gmem_guest_do(self->t.vcpus[0], GMEM_CHECK_ZERO, GMEM_GPA, size,
 		      page_size == SZ_4K ? 8 : HUGETLB_DIRT_STRIDE, 0);
 }
@@ -755,26 +729,26 @@ TEST_F_TIMEOUT(fault, populate_in_pieces_keeps_what_is_there, SLOW)
 	u64 *src;
 	int i;
 
-	if (!can_populate(self->t.vm))
+	if (!gmem_can_populate(self->t.vm))
 		SKIP(return, GMEM_NO_DEBUGFS);
 
 	src = populate_source(nr);
 	for (i = nr - 1; i >= 0; i--)
-		ASSERT_EQ(0, populate(self->t.vm, GMEM_GPA + i * SZ_4K, 1,
-				      src + i * SZ_4K / 8));
+		ASSERT_EQ(0, gmem_populate(self->t.vm, GMEM_GPA + i * SZ_4K, 1,
+					   src + i * SZ_4K / 8));
 	gmem_guest_do(self->t.vcpus[0], GMEM_CHECK, GMEM_GPA, nr * SZ_4K, 8, PATTERN);
 }
 
 TEST_F_TIMEOUT(fault, populate_of_shared_memory_is_refused, SLOW)
 {
-	if (!can_populate(self->t.vm))
+	if (!gmem_can_populate(self->t.vm))
 		SKIP(return, GMEM_NO_DEBUGFS);
 
 	if (!kvm_converts_in_place())
 		vm_mem_set_shared(self->t.vm, GMEM_GPA, SZ_4K);
 	else
 		ASSERT_EQ(0, gmem_convert(self->t.fd, 0, SZ_4K, 0, NULL));
-	EXPECT_EQ(-EINVAL, populate(self->t.vm, GMEM_GPA, 1, populate_source(1)));
+	EXPECT_EQ(-EINVAL, gmem_populate(self->t.vm, GMEM_GPA, 1, populate_source(1)));
 }
 
 /*

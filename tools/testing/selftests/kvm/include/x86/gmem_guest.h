@@ -86,6 +86,13 @@ int gmem_guest_run(struct kvm_vcpu *vcpu);
  */
 int gmem_open_debugfs(struct kvm_vm *vm, const char *name);
 
+/*
+ * Call kvm_gmem_populate() for @nr pages by such a file, with a callback that copies @src
+ * if it is not NULL.  Otherwise only TDX and SNP call it.
+ */
+int gmem_populate(struct kvm_vm *vm, gpa_t gpa, long nr, void *src);
+bool gmem_can_populate(struct kvm_vm *vm);
+
 /* The reason to skip a test if it consists of nothing but such a file. */
 #define GMEM_NO_DEBUGFS	"needs CONFIG_KVM_GMEM_TEST and debugfs"
 

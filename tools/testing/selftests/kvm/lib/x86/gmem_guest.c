@@ -180,6 +180,27 @@ int gmem_open_debugfs(struct kvm_vm *vm, const char *name)
 	return open(path, O_WRONLY);
 }
 
+int gmem_populate(struct kvm_vm *vm, gpa_t gpa, long nr, void *src)
+{
+	char cmd[128];
+	int fd, len, r;
+
+	fd = gmem_open_debugfs(vm, "gmem_populate");
+	if (fd < 0)
+		return -ENOENT;
+
+	len = snprintf(cmd, sizeof(cmd), "0x%lx %ld 0x%lx\n", gpa >> 12, nr,
+		       (unsigned long)src);
+	r = write(fd, cmd, len) == len ? 0 : -errno;
+	close(fd);
+	return r;
+}
+
+bool gmem_can_populate(struct kvm_vm *vm)
+{
+	return gmem_populate(vm, 0, 0, NULL) != -ENOENT;
+}
+
 int gmem_open_optional(struct kvm_vm *vm, const char *name, const char *what)
 {
 	int fd = gmem_open_debugfs(vm, name);
