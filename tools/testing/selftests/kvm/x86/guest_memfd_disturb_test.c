@@ -33,6 +33,9 @@
 
 #define SLOW		600
 
+/* The pages of the range that are accessed, at its start */
+#define WINDOW		SZ_4M
+
 /* Where files are bound besides GMEM_GPA: never accessed by the guest */
 #define OTHER_GPA	(GMEM_GPA + 16ull * SZ_1G)
 #define UNUSED_GPA	(GMEM_GPA + 32ull * SZ_1G)
@@ -43,7 +46,7 @@
 
 /* Times that a signal has to end a wait, and attempts for that. */
 #define NR_SIGNALS	10
-#define NR_ATTEMPTS	500
+#define NR_ATTEMPTS	100
 
 #define NR_BUCKETS	24
 #define NR_LONGEST	64
@@ -60,6 +63,7 @@ FIXTURE(disturb)
 {
 	struct kvm_vm *vm;
 	struct kvm_vcpu *vcpu[GMEM_MAX_VCPUS];
+	u64 page_size;
 	u64 range;		/* the start of the file, which changes */
 	u64 rest;		/* what follows in the file, and does not change */
 	int fd, other;		/* the file, and another one that has only the range */
@@ -71,11 +75,16 @@ FIXTURE(disturb)
 	int change_fd;
 	bool (*change)(struct _test_data_disturb *self, long round);
 	bool stop, tight;
+
+	/* what another thread does in the range during a measurement, if anything */
+	int (*beside)(struct _test_data_disturb *self);
+
 	long begun, ended;
-	u64 begun_ns[2], ended_ns[2];	/* times of the last two changes */
+	u64 begun_ns, ended_ns;		/* times of the last change that counts */
 	u64 change_ns;
 
 	u64 seed;
+	u64 next;		/* for guest_fault() */
 };
 
 FIXTURE_VARIANT(disturb)
@@ -86,9 +95,9 @@ FIXTURE_VARIANT(disturb)
 	bool vcpu;
 };
 
-FIXTURE_VARIANT_ADD(disturb, base) { SZ_4K, SZ_128M, SZ_128M, false };
-FIXTURE_VARIANT_ADD(disturb, base_8g) { SZ_4K, 8ull * SZ_1G, SZ_128M, false };
-FIXTURE_VARIANT_ADD(disturb, base_vcpu) { SZ_4K, SZ_128M, SZ_128M, true };
+FIXTURE_VARIANT_ADD(disturb, base) { SZ_4K, SZ_128M, SZ_32M, false };
+FIXTURE_VARIANT_ADD(disturb, base_8g) { SZ_4K, 8ull * SZ_1G, SZ_4M, false };
+FIXTURE_VARIANT_ADD(disturb, base_vcpu) { SZ_4K, SZ_128M, SZ_32M, true };
 FIXTURE_VARIANT_ADD(disturb, huge_2m) { SZ_2M, SZ_128M, SZ_128M, false };
 FIXTURE_VARIANT_ADD(disturb, huge_2m_vcpu) { SZ_2M, SZ_128M, SZ_128M, true };
 FIXTURE_VARIANT_ADD(disturb, huge_1g) { SZ_1G, SZ_1G, SZ_1G, false };
@@ -109,6 +118,13 @@ static void on_signal(int sig)
 	WRITE_ONCE(signal_ns, now_ns());
 }
 
+/* Never wait for the CPU that a change uses, only for the change itself. */
+static void run_before_changes(void)
+{
+	sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK,
+			   &(struct sched_param) { .sched_priority = 1 });
+}
+
 static int create_file(struct kvm_vm *vm, u64 page_size, u64 size)
 {
 	return vm_create_guest_memfd(vm, size, gmem_flags(page_size) |
@@ -120,14 +136,15 @@ FIXTURE_SETUP(disturb)
 {
 	const char *reason = gmem_unavailable(variant->page_size);
 	struct sigaction sa = { .sa_handler = on_signal };
+	u64 i;
 
 	if (reason)
 		SKIP(return, "%s", reason);
 
 	sigaction(SIGUSR1, &sa, NULL);
 	sigaction(SIGALRM, &sa, NULL);
-	sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK,
-			   &(struct sched_param) { .sched_priority = 1 });
+	run_before_changes();
+	self->page_size = variant->page_size;
 	self->range = variant->range;
 	self->rest = variant->rest;
 	if (variant->page_size == SZ_2M)
@@ -144,6 +161,11 @@ FIXTURE_SETUP(disturb)
 				   self->range + self->rest - SZ_4K, self->mem, self->fd, 0);
 	vm_set_user_memory_region2(self->vm, GMEM_SLOT + 1, KVM_MEM_GUEST_MEMFD, OTHER_GPA,
 				   self->range, NULL, self->other, 0);
+	/* The emulator can take milliseconds to zero a page.  Let no other access do it. */
+	for (i = 0; i < WINDOW; i += SZ_4K)
+		READ_ONCE(self->mem[i]);
+	for (i = 0; i < self->rest; i += SZ_4K)
+		READ_ONCE(self->mem[self->range + i]);
 	self->unused = kvm_mmap(SZ_4K, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
 				-1);
 }
@@ -188,13 +210,15 @@ static void *make_changes(void *arg)
 
 	while (!READ_ONCE(self->stop) || round & 1) {
 		start = now_ns();
-		self->begun_ns[round & 1] = start;
+		if (!(round & 1))
+			self->begun_ns = start;
 		WRITE_ONCE(self->begun, round + 1);
 		TEST_ASSERT(self->change(self, round),
 			    "Change %ld: errno %d (%s)", round, errno, strerror(errno));
-		self->ended_ns[round & 1] = now_ns();
-		if (!(round & 1))
-			self->change_ns += self->ended_ns[0] - start;
+		if (!(round & 1)) {
+			self->ended_ns = now_ns();
+			self->change_ns += self->ended_ns - start;
+		}
 		WRITE_ONCE(self->ended, ++round);
 		/* Let others go on between two changes. */
 		if (!self->tight)
@@ -269,19 +293,102 @@ static void host_memslots(struct _test_data_disturb *self)
 	vm_set_user_memory_region(self->vm, GMEM_SLOT + 2, 0, UNUSED_GPA, 0, NULL);
 }
 
-/* To unmap the page from the host does so from the guest, too. */
+/*
+ * Access memory that KVM has not mapped yet, a page of the file at a time.  To unmap memory
+ * from the host does so from the guest, but is only done when all is mapped: KVM regards MMU
+ * notifiers that run at the same time as one range, in which no guest can fault.
+ */
 static void guest_fault(struct _test_data_disturb *self)
 {
 	u64 nr_faults = vcpu_get_stat(self->vcpu[0], pf_fixed);
-	u64 offset = random_offset(self);
 
-	READ_ONCE(self->mem[offset]);
-	madvise(self->mem + offset, SZ_4K, MADV_DONTNEED);
-	gmem_guest_do(self->vcpu[0], GMEM_READ, GMEM_GPA + offset, SZ_4K, SZ_4K, 0);
+	if (self->next + self->page_size > self->rest - SZ_4K) {
+		madvise(self->mem + self->range, self->rest, MADV_DONTNEED);
+		self->next = 0;
+	}
+	gmem_guest_do(self->vcpu[0], GMEM_READ, GMEM_GPA + self->range + self->next, SZ_4K,
+		      SZ_4K, 0);
+	self->next += self->page_size;
 	TEST_ASSERT(vcpu_get_stat(self->vcpu[0], pf_fixed) > nr_faults,
 		    "The guest did not fault");
 }
 
+/*
+ * Waits in the range that changes
+ */
+struct waiter {
+	struct _test_data_disturb *self;
+	int (*op)(struct _test_data_disturb *self);
+	pid_t tid;
+	long seq;		/* odd during an operation */
+	long nr_interrupted;
+};
+
+static int guest_access(struct _test_data_disturb *self)
+{
+	struct kvm_vcpu *vcpu = self->vcpu[0];
+	struct ucall uc;
+	int r;
+
+	gmem_guest_set(vcpu, GMEM_READ, GMEM_GPA + random_page(self, WINDOW), SZ_4K, SZ_4K, 0);
+	r = __vcpu_run(vcpu) ? -errno : 0;
+	TEST_ASSERT(!r || r == -EINTR, "KVM_RUN: %s", strerror(-r));
+	if (r)
+		TEST_ASSERT_EQ(vcpu->run->exit_reason, KVM_EXIT_INTR);
+	else
+		TEST_ASSERT_EQ(get_ucall(vcpu, &uc), UCALL_SYNC);
+	return r;
+}
+
+static int pre_fault(struct _test_data_disturb *self)
+{
+	struct kvm_pre_fault_memory range = {
+		.gpa = GMEM_GPA + random_page(self, WINDOW),
+		.size = SZ_4K,
+	};
+
+	return __vcpu_ioctl(self->vcpu[0], KVM_PRE_FAULT_MEMORY, &range) ? -errno : 0;
+}
+
+/*
+ * A fault of the host is not interrupted but starts over after the handler.  So the
+ * handler must run before the end of the change.
+ */
+static int host_access(struct _test_data_disturb *self)
+{
+	u64 start = now_ns();
+
+	READ_ONCE(self->mem[random_page(self, WINDOW)]);
+	return READ_ONCE(signal_ns) > start ? -EINTR : 0;
+}
+
+static int host_allocate(struct _test_data_disturb *self)
+{
+	return fallocate(self->fd, FALLOC_FL_KEEP_SIZE, random_page(self, WINDOW), SZ_4K) ?
+	       -errno : 0;
+}
+
+static void *run_waiter(void *arg)
+{
+	struct waiter *w = arg;
+	int r;
+
+	run_before_changes();
+	WRITE_ONCE(w->tid, gettid());
+	while (!READ_ONCE(w->self->stop)) {
+		WRITE_ONCE(w->seq, w->seq + 1);
+		r = w->op(w->self);
+		WRITE_ONCE(w->seq, w->seq + 1);
+		TEST_ASSERT(!r || r == -EINTR || r == -EAGAIN, "%s", strerror(-r));
+		w->nr_interrupted += r == -EINTR;
+		usleep(200);
+	}
+	return NULL;
+}
+
+/*
+ * Measurements
+ */
 static void add(struct latencies *l, u64 ns)
 {
 	int i;
@@ -312,18 +419,19 @@ static void print(const char *where, struct latencies *l)
 	ksft_print_msg("%s: us:operations%s\n", where, line);
 }
 
-/*
- * Measure operations while changes are made in @fd.  They are made by a thread of lower
- * priority, so that this one does not wait for a CPU.
- */
+/* Measure operations while changes are made in @fd. */
 static void measure(struct _test_data_disturb *self, struct latencies *l, int fd,
 		    bool (*change)(struct _test_data_disturb *self, long round),
 		    void (*op)(struct _test_data_disturb *self))
 {
+	struct waiter w = { .self = self, .op = self->beside };
+	pthread_t thread;
 	u64 start;
 
 	memset(l, 0, sizeof(*l));
 	start_changes(self, fd, change);
+	if (self->beside)
+		kvm_pthread_create(&thread, NULL, run_waiter, &w);
 	while (READ_ONCE(self->ended) < NR_CHANGES || l->nr < NR_OPS) {
 		start = now_ns();
 		op(self);
@@ -331,6 +439,8 @@ static void measure(struct _test_data_disturb *self, struct latencies *l, int fd
 		usleep(200);
 	}
 	stop_changes(self);
+	if (self->beside)
+		kvm_pthread_join(thread, NULL);
 	l->nr_changes = self->ended / 2;
 	l->change_ns = self->change_ns / l->nr_changes;
 	print(fd == self->fd ? "same file " : "other file", l);
@@ -398,8 +508,13 @@ TEST_F_TIMEOUT(disturb, mincore, SLOW)
 	expect_undisturbed(self, change_attributes, host_mincore);
 }
 
+/* An update of memslots waits for vCPUs, one of which waits for the change. */
 TEST_F_TIMEOUT(disturb, memslots, SLOW)
 {
+	if (!variant->vcpu)
+		SKIP(return, "for variants with a vCPU");
+
+	self->beside = guest_access;
 	expect_undisturbed(self, change_attributes, host_memslots);
 }
 
@@ -408,94 +523,24 @@ TEST_F_TIMEOUT(disturb, guest_fault, SLOW)
 	if (!variant->vcpu)
 		SKIP(return, "for variants with a vCPU");
 
+	/* Each access unmaps a huge page before, and could have preempted another notifier. */
+	if (self->page_size == SZ_1G)
+		sched_setscheduler(0, SCHED_OTHER, &(struct sched_param) { });
 	expect_undisturbed(self, change_attributes, guest_fault);
 }
 
-/*
- * Waits in the range that changes
- */
-struct waiter {
-	struct _test_data_disturb *self;
-	int (*op)(struct _test_data_disturb *self);
-	pid_t tid;
-	bool in_op;
-	long nr_interrupted;
-};
-
-static int guest_access(struct _test_data_disturb *self)
-{
-	struct kvm_vcpu *vcpu = self->vcpu[0];
-	struct ucall uc;
-	int r;
-
-	gmem_guest_set(vcpu, GMEM_READ, GMEM_GPA + random_page(self, self->range), SZ_4K, SZ_4K, 0);
-	r = __vcpu_run(vcpu) ? -errno : 0;
-	TEST_ASSERT(!r || r == -EINTR, "KVM_RUN: %s", strerror(-r));
-	if (r)
-		TEST_ASSERT_EQ(vcpu->run->exit_reason, KVM_EXIT_INTR);
-	else
-		TEST_ASSERT_EQ(get_ucall(vcpu, &uc), UCALL_SYNC);
-	return r;
-}
-
-static int pre_fault(struct _test_data_disturb *self)
-{
-	struct kvm_pre_fault_memory range = {
-		.gpa = GMEM_GPA + random_page(self, self->range),
-		.size = SZ_4K,
-	};
-
-	return __vcpu_ioctl(self->vcpu[0], KVM_PRE_FAULT_MEMORY, &range) ? -errno : 0;
-}
-
-/*
- * A fault of the host is not interrupted but starts over after the handler.  So the
- * handler must run before the end of the change.
- */
-static int host_access(struct _test_data_disturb *self)
-{
-	u64 start = now_ns();
-
-	READ_ONCE(self->mem[random_page(self, self->range)]);
-	return READ_ONCE(signal_ns) > start ? -EINTR : 0;
-}
-
-static int host_allocate(struct _test_data_disturb *self)
-{
-	return fallocate(self->fd, FALLOC_FL_KEEP_SIZE, random_page(self, self->range), SZ_4K) ?
-	       -errno : 0;
-}
-
-static void *run_waiter(void *arg)
-{
-	struct waiter *w = arg;
-	int r;
-
-	WRITE_ONCE(w->tid, gettid());
-	while (!READ_ONCE(w->self->stop)) {
-		WRITE_ONCE(w->in_op, true);
-		r = w->op(w->self);
-		WRITE_ONCE(w->in_op, false);
-		TEST_ASSERT(!r || r == -EINTR || r == -EAGAIN, "%s", strerror(-r));
-		w->nr_interrupted += r == -EINTR;
-	}
-	return NULL;
-}
-
-/* Return whether the waiter is in the kernel and sleeps, whatever a signal can do. */
+/* Return whether an operation sleeps, whatever a signal can do about it. */
 static bool is_waiting(struct waiter *w)
 {
+	long seq = READ_ONCE(w->seq);
 	char path[64], state = 0;
 	FILE *f;
-
-	if (!READ_ONCE(w->in_op))
-		return false;
 
 	snprintf(path, sizeof(path), "/proc/self/task/%d/stat", w->tid);
 	f = fopen(path, "r");
 	TEST_ASSERT(f && fscanf(f, "%*d (%*[^)]) %c", &state) == 1, "Can't read %s", path);
 	fclose(f);
-	return state == 'S' || state == 'D';
+	return (state == 'S' || state == 'D') && seq & 1 && READ_ONCE(w->seq) == seq;
 }
 
 /* Send a signal during a wait.  Return whether its handler ran long before the change ended. */
@@ -505,7 +550,8 @@ static bool send_signal(struct waiter *w)
 	long begun = READ_ONCE(self->begun);
 	u64 sent_ns, begun_ns, ended_ns;
 
-	while (READ_ONCE(self->begun) == begun)
+	/* To allocate memory is no change that others wait for. */
+	while (READ_ONCE(self->begun) == begun || !(READ_ONCE(self->begun) & 1))
 		usleep(100);
 	begun = READ_ONCE(self->begun);
 	while (READ_ONCE(self->ended) < begun && !is_waiting(w))
@@ -519,8 +565,8 @@ static bool send_signal(struct waiter *w)
 	while (READ_ONCE(self->ended) < begun || !READ_ONCE(signal_ns))
 		usleep(100);
 
-	begun_ns = READ_ONCE(self->begun_ns[(begun - 1) & 1]);
-	ended_ns = READ_ONCE(self->ended_ns[(begun - 1) & 1]);
+	begun_ns = READ_ONCE(self->begun_ns);
+	ended_ns = READ_ONCE(self->ended_ns);
 	return sent_ns > begun_ns && signal_ns + (ended_ns - begun_ns) / 4 < ended_ns;
 }
 
@@ -648,7 +694,7 @@ TEST_F_TIMEOUT(disturb, turns, SLOW)
 		usleep(100);
 	while (READ_ONCE(self->ended) <= 2 * MOST_CHANGES) {
 		before = READ_ONCE(self->ended);
-		READ_ONCE(self->mem[random_page(self, self->range)]);
+		READ_ONCE(self->mem[random_page(self, WINDOW)]);
 		nr = READ_ONCE(self->ended) - before;
 		most = max(most, nr);
 		usleep(200);
