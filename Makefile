@@ -91,7 +91,7 @@ qemu-check: keep-qemu-tree ## run all of these checks on the series for QEMU, an
 	@$S/qemu-check $(if $(call on,$(QUICK)),--quick)
 
 ##@ Test more
-.PHONY: test-debug test-modules test-plain bench chart baseline results
+.PHONY: test-debug test-kcsan test-modules test-plain bench chart baseline results
 test-debug: kernel-debug ## run all tests on the debug kernel (FILTER=glob for some)
 	@$S/test --debug $(test-options)
 test-modules: keep-tree ## build KVM as modules and unload them while guest memory is in use
@@ -100,6 +100,9 @@ test-modules: keep-tree ## build KVM as modules and unload them while guest memo
 test-plain: keep-tree ## run the tests of the series on a kernel without the hooks for tests
 	@$S/kernel --plain >/dev/null
 	@$S/test --plain $(test-options)
+test-kcsan: keep-tree ## run the tests of the series on a kernel that detects data races
+	@$S/kernel --kcsan >/dev/null
+	@$S/test --kcsan $(test-options)
 bench: kernel ## count instructions and compare with the base
 	@$S/bench
 chart: ## measure conversions and accesses beside them, and draw results/neighbors.svg

@@ -35,7 +35,7 @@ SPLATS = [
     "Kernel panic - not syncing: hung_task: blocked tasks",
     "BUG: KASAN: slab-use-after-free in kvm_gmem_release",
     "UBSAN: array-index-out-of-bounds in mm/hugetlb.c:1:2",
-    "BUG: KCSAN: data-race in a / b",
+    "BUG: KCSAN: data-race in a / kvm_gmem_b",
     "BUG: KFENCE: out-of-bounds read in a",
     "BUG: Bad page state in process init  pfn:12345",
     "page dumped because: VM_BUG_ON_FOLIO(folio_test_locked(folio))",
@@ -114,6 +114,8 @@ class Judge(unittest.TestCase):
         for pattern, line in zip(patterns, SPLATS):
             self.assertRegex(line, pattern)
             self.objects("splat: " + line, console=[line] + CONSOLE)
+        base = ["BUG: KCSAN: data-race in tick_sched_do_timer / tick_sched_do_timer"]
+        self.assertEqual(self.judge(console=base + CONSOLE).objections, [])
 
     def test_tap(self):
         self.objects("no plan", output=TAP[2:])
@@ -198,7 +200,8 @@ class Judge(unittest.TestCase):
         with mock.patch("builtins.open", mock.mock_open(read_data="\n".join(lines))):
             first, second = test.tests_in_list()
         self.assertEqual(first.options, ["--mem", "1G", "--cpus", "1"])
-        self.assertEqual(first.runs, {"release": False, "debug": True, "plain": False})
+        self.assertEqual(first.runs, {"release": False, "debug": True, "plain": False,
+                                      "kcsan": False})
         self.assertEqual(second.runs, {"release": True, "unpatched": False})
         args = types.SimpleNamespace(flavour="debug", pace=1.5)
         self.assertEqual(test.allowed_seconds(first, args), 60)
