@@ -22,6 +22,7 @@
 
 #define NR_THREADS	64
 #define NR_RUNS		5
+#define NR_PAGES	1024	/* that are accessed beside a change */
 #define FAULT_SIZE	(256ull * SZ_1M)
 #define NR_CONVERSIONS	4096
 
@@ -188,6 +189,12 @@ static long long access_page(char *p)
 	return now_ns() - start;
 }
 
+static void undo_change(struct change *c)
+{
+	TEST_ASSERT(!gmem_convert(c->fd, 0, c->size, 0, NULL), "Can't convert: %s",
+		    strerror(errno));
+}
+
 /* Return the longest access beside one change, or before it if the change is too short. */
 static long long stall(struct change *c, char *other)
 {
@@ -198,13 +205,12 @@ static long long stall(struct change *c, char *other)
 	c->ended = false;
 	kvm_pthread_create(&thread, NULL, run_change, c);
 	do {
-		ns = access_page(other + i++ % 1024 * SZ_4K);
+		ns = access_page(other + i++ % NR_PAGES * SZ_4K);
 		longest = ns > longest ? ns : longest;
 		usleep(50);
 	} while (!__atomic_load_n(&c->ended, __ATOMIC_ACQUIRE));
 	kvm_pthread_join(thread, NULL);
-	TEST_ASSERT(!gmem_convert(c->fd, 0, c->size, 0, NULL), "Can't convert: %s",
-		    strerror(errno));
+	undo_change(c);
 	return longest;
 }
 
@@ -227,11 +233,17 @@ static void bench_stall(size_t page_size)
 				     GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED);
 	kvm_fallocate(c.fd, FALLOC_FL_KEEP_SIZE, 0, 2ull * SZ_1G);
 	mem = kvm_mmap(2ull * SZ_1G, PROT_READ | PROT_WRITE, MAP_SHARED, c.fd);
+	/* No other access has to zero a page. */
+	for (i = 0; i < NR_PAGES; i++)
+		access_page(mem + SZ_1G + i * SZ_4K);
 
 	for (c.size = SZ_4K; c.size <= SZ_1G; c.size *= 4) {
 		for (i = 0; i < NR_RUNS; i++) {
 			stalls[i] = stall(&c, mem + SZ_1G);
+			/* Accesses preempt a change on the same CPU: time one without. */
+			run_change(&c);
 			ns[i] = c.ns;
+			undo_change(&c);
 		}
 		qsort(ns, NR_RUNS, sizeof(ns[0]), compare);
 		qsort(stalls, NR_RUNS, sizeof(stalls[0]), compare);

@@ -38,6 +38,7 @@
 #include <linux/pagemap.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
+#include <linux/sizes.h>
 #include <linux/slab.h>
 
 #include "guestmem_split.h"
@@ -359,6 +360,18 @@ static void guestmem_hugetlb_remove(struct guestmem_allocator *gm, pgoff_t index
 	folio_put(folio);
 }
 
+/* Unmap no more at a time than guests can wait for: they cannot fault meanwhile. */
+static void guestmem_hugetlb_unmap(struct guestmem_allocator *gm, pgoff_t start,
+				   pgoff_t end)
+{
+	pgoff_t step = max(1UL << gm->order, SZ_32M >> PAGE_SHIFT);
+
+	for (; start < end; start += step) {
+		unmap_mapping_pages(gm->mapping, start, min(end - start, step), false);
+		cond_resched();
+	}
+}
+
 /* Number of huge pages to free per grace period. */
 #define GUESTMEM_HUGETLB_NR_FREE	64
 
@@ -366,7 +379,7 @@ static void guestmem_hugetlb_free(struct guestmem_allocator *gm, pgoff_t start,
 				  pgoff_t end)
 {
 	enum lru_cache_drained drained = LRU_CACHE_NOT_DRAINED;
-	unsigned long index;
+	unsigned long index = start;
 	unsigned int nr = 0;
 	LIST_HEAD(list);
 
@@ -376,16 +389,9 @@ static void guestmem_hugetlb_free(struct guestmem_allocator *gm, pgoff_t start,
 
 	guestmem_hugetlb_free_partial(gm, start, end);
 
-	/*
-	 * Unmap everything first, so that folio batches are drained only once.  But unmap
-	 * no more at a time than guests can wait for: they cannot fault meanwhile.
-	 */
-	for (index = start; index < end; index += 1UL << gm->order) {
-		unmap_mapping_pages(gm->mapping, index, 1UL << gm->order, false);
-		cond_resched();
-	}
+	/* Unmap everything first, so that folio batches are drained only once. */
+	guestmem_hugetlb_unmap(gm, start, end);
 
-	index = start;
 	while (index < end &&
 	       xa_find(&gm->mapping->i_pages, &index, end - 1, XA_PRESENT)) {
 		index = round_down(index, 1UL << gm->order);

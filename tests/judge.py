@@ -114,8 +114,16 @@ class Judge(unittest.TestCase):
         for pattern, line in zip(patterns, SPLATS):
             self.assertRegex(line, pattern)
             self.objects("splat: " + line, console=[line] + CONSOLE)
-        base = ["BUG: KCSAN: data-race in tick_sched_do_timer / tick_sched_do_timer"]
-        self.assertEqual(self.judge(console=base + CONSOLE).objections, [])
+
+    def test_data_race(self):
+        race = ["BUG: KCSAN: data-race in mas_store / mas_walk", "",
+                "write to 0xffff888007d3a010 of 8 bytes by task 43 on cpu 0:",
+                " mas_store+0x10/0x90", " tick_sched_do_timer+0x10/0x90", "",
+                "read to 0xffff888007d3a010 of 8 bytes by task 47 on cpu 1:",
+                " mas_walk+0x10/0x90", " mtree_load+0x4a/0xa0", "", "=" * 66, "kvm_gmem_b"]
+        self.assertEqual(self.judge(console=race + CONSOLE).objections, [])
+        race[8] = " kvm_gmem_attributes_get+0x4a/0xa0"
+        self.objects("splat: " + race[0], console=race + CONSOLE)
 
     def test_tap(self):
         self.objects("no plan", output=TAP[2:])

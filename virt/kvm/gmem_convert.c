@@ -241,6 +241,8 @@ static int kvm_gmem_convert_take_from_host(struct gmem_conversion *c)
 	for (index = c->start; index < c->end; index += GMEM_CONVERT_NR_UNMAP) {
 		unmap_mapping_pages(c->inode->i_mapping, index,
 				    min(c->end - index, GMEM_CONVERT_NR_UNMAP), false);
+		if (fatal_signal_pending(current))
+			return -EINTR;
 		cond_resched();
 	}
 

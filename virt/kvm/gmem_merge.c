@@ -104,7 +104,7 @@ static bool kvm_gmem_merge_next(struct gmem_inode *gi)
 	trace_kvm_gmem_merge(gi->vfs_inode.i_ino, first << order, end << order, r);
 	if (r) {
 		bitmap_set(gg->later, first, end - first);
-		gg->one_by_one = true;
+		gg->failed = true;
 	}
 	return true;
 }
@@ -124,10 +124,10 @@ static void kvm_gmem_merge_work(struct work_struct *work)
 
 	guard(mutex)(&gi->ranges.change_lock);
 
+	gg->one_by_one = gg->failed;
+	gg->failed = false;
 	swap(gg->due, gg->later);
-	if (bitmap_empty(gg->due, gg->nr_pages))
-		gg->one_by_one = false;
-	else
+	if (!bitmap_empty(gg->due, gg->nr_pages))
 		kvm_gmem_merge_queue(gi);
 }
 

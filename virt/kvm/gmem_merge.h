@@ -13,7 +13,8 @@ struct gmem_inode;
  * @due: one bit per huge page that is to be merged by the next run of @work
  * @later: one bit per huge page that is to be merged by a run after that
  * @nr_pages: number of huge pages in the file; 0 if none is ever split
- * @one_by_one: some huge page is in use, so do not merge it together with others
+ * @failed: a huge page could not be merged in this run of @work
+ * @one_by_one: nor in the run before, so do not merge it together with others
  *
  * The file's change_lock protects the bits.
  */
@@ -22,6 +23,7 @@ struct gmem_merge {
 	unsigned long *due;
 	unsigned long *later;
 	unsigned long nr_pages;
+	bool failed;
 	bool one_by_one;
 };
 

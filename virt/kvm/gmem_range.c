@@ -129,7 +129,8 @@ int kvm_gmem_range_begin_change(struct gmem_ranges *gr, pgoff_t start, pgoff_t e
 		WRITE_ONCE(gr->awaited, false);
 	}
 
-	WRITE_ONCE(gr->start, round_down(start, 1UL << gr->order));
+	/* A user that sees the start also sees what the last change has changed. */
+	smp_store_release(&gr->start, round_down(start, 1UL << gr->order));
 	/* A user that sees the end also sees the start. */
 	smp_store_release(&gr->end, round_up(end, 1UL << gr->order));
 
@@ -163,8 +164,11 @@ void kvm_gmem_range_end_change(struct gmem_ranges *gr)
  */
 bool kvm_gmem_range_is_changing(struct gmem_ranges *gr, pgoff_t index)
 {
-	/* Pairs with the releases at the beginning and at the end of a change. */
-	return index < smp_load_acquire(&gr->end) && index >= READ_ONCE(gr->start);
+	/*
+	 * Pairs with the releases at the beginning and at the end of a change.  A user
+	 * can see the end of one change and the start of the next.
+	 */
+	return index < smp_load_acquire(&gr->end) && index >= smp_load_acquire(&gr->start);
 }
 
 /* Lock the page at @index shared unless that has to wait. */

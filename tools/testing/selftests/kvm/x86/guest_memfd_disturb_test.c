@@ -40,7 +40,7 @@
 #define OTHER_GPA	(GMEM_GPA + 16ull * SZ_1G)
 #define UNUSED_GPA	(GMEM_GPA + 32ull * SZ_1G)
 
-/* Changes that one measurement takes, and operations that it needs at least. */
+/* Changes during a measurement, of which half count, and operations at least. */
 #define NR_CHANGES	16
 #define NR_OPS		50
 
@@ -121,8 +121,9 @@ static void on_signal(int sig)
 /* Never wait for the CPU that a change uses, only for the change itself. */
 static void run_before_changes(void)
 {
-	sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK,
-			   &(struct sched_param) { .sched_priority = 1 });
+	TEST_ASSERT(!sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK,
+					&(struct sched_param) { .sched_priority = 1 }),
+		    "Can't set SCHED_FIFO: %s", strerror(errno));
 }
 
 static int create_file(struct kvm_vm *vm, u64 page_size, u64 size)
@@ -130,6 +131,11 @@ static int create_file(struct kvm_vm *vm, u64 page_size, u64 size)
 	return vm_create_guest_memfd(vm, size, gmem_flags(page_size) |
 				     GUEST_MEMFD_FLAG_MMAP |
 				     GUEST_MEMFD_FLAG_INIT_SHARED);
+}
+
+static u64 available_memory(void)
+{
+	return (u64)sysconf(_SC_AVPHYS_PAGES) * getpagesize();
 }
 
 FIXTURE_SETUP(disturb)
@@ -140,6 +146,10 @@ FIXTURE_SETUP(disturb)
 
 	if (reason)
 		SKIP(return, "%s", reason);
+	if (variant->page_size == SZ_1G && hugetlb_read(SZ_1G, "free_hugepages") < 3)
+		SKIP(return, "needs 3 pages of 1 GiB");
+	if (variant->page_size == SZ_4K && available_memory() < variant->range + SZ_1G)
+		SKIP(return, "needs %lu GiB of memory", variant->range / SZ_1G + 1);
 
 	sigaction(SIGUSR1, &sa, NULL);
 	sigaction(SIGALRM, &sa, NULL);
@@ -147,8 +157,12 @@ FIXTURE_SETUP(disturb)
 	self->page_size = variant->page_size;
 	self->range = variant->range;
 	self->rest = variant->rest;
-	if (variant->page_size == SZ_2M)
-		hugetlb_pool_set(SZ_2M, (2 * self->range + self->rest) / SZ_2M);
+	if (variant->page_size == SZ_2M) {
+		long nr = (2 * self->range + self->rest) / SZ_2M;
+
+		if (hugetlb_pool_set(SZ_2M, nr) < nr)
+			SKIP(return, "needs %ld pages of 2 MiB", nr);
+	}
 	self->vm = gmem_vm_create(1, self->vcpu);
 	self->fd = create_file(self->vm, variant->page_size, self->range + self->rest);
 	self->other = create_file(self->vm, variant->page_size, self->range);
@@ -278,7 +292,11 @@ static void host_mincore(struct _test_data_disturb *self)
 {
 	unsigned char vec;
 
-	TEST_ASSERT(!mincore(self->mem + random_offset(self), SZ_4K, &vec), "mincore()");
+	char *p = self->mem + random_offset(self);
+
+	/* Without a page table entry, mincore() looks at the page cache. */
+	madvise(p, SZ_4K, MADV_DONTNEED);
+	TEST_ASSERT(!mincore(p, SZ_4K, &vec), "mincore(): %s", strerror(errno));
 }
 
 /* Bind and unbind a page of the file, and change a memslot that has nothing to do with it. */
@@ -473,8 +491,11 @@ static void expect_undisturbed(struct _test_data_disturb *self,
 	kvm_fallocate(self->other, PUNCH_HOLE, 0, self->range);
 	measure(self, &same, self->fd, change, op);
 
+	limit = nr_stalls(&other, same.change_ns);
+	TEST_ASSERT(limit < NR_LONGEST / 2 && limit < other.nr / 2,
+		    "The change is too short to be noticed");
+	limit += min_t(long, same.nr_changes, NR_LONGEST) / 2;
 	stalls = nr_stalls(&same, same.change_ns);
-	limit = nr_stalls(&other, same.change_ns) + min_t(long, same.nr_changes, NR_LONGEST) / 2;
 	TEST_ASSERT(stalls < limit, "%ld operations took more than half of a change", stalls);
 }
 
@@ -589,7 +610,9 @@ static void expect_interruptible(struct _test_data_disturb *self,
 	kvm_pthread_join(thread, NULL);
 	ksft_print_msg("%d of %d signals handled long before the change ended\n", nr, i);
 	TEST_ASSERT(nr >= NR_SIGNALS, "Signals do not end a wait");
-	TEST_ASSERT(w.nr_interrupted >= NR_SIGNALS, "Signals do not interrupt an operation");
+	/* One access of the host can meet two signals. */
+	TEST_ASSERT(w.nr_interrupted >= NR_SIGNALS / 2,
+		    "%ld operations were interrupted", w.nr_interrupted);
 }
 
 TEST_F_TIMEOUT(disturb, signal_in_kvm_run, SLOW)
@@ -663,7 +686,7 @@ TEST_F_TIMEOUT(disturb, first_access_with_timer, SLOW)
 	memset(self->mem, 0xff, self->range);
 	kvm_fallocate(self->fd, PUNCH_HOLE, 0, self->range);
 
-	set_timer(50000);
+	set_timer(5000);
 	gmem_guest_set(vcpu, GMEM_CHECK_ZERO, GMEM_GPA, self->range, SZ_4K, 0);
 	while (__vcpu_run(vcpu)) {
 		TEST_ASSERT(errno == EINTR && vcpu->run->exit_reason == KVM_EXIT_INTR,
