@@ -95,11 +95,11 @@ FIXTURE_VARIANT(disturb)
 	bool vcpu;
 };
 
-FIXTURE_VARIANT_ADD(disturb, base) { SZ_4K, SZ_128M, SZ_32M, false };
+FIXTURE_VARIANT_ADD(disturb, base) { SZ_4K, SZ_512M, SZ_32M, false };
 FIXTURE_VARIANT_ADD(disturb, base_8g) { SZ_4K, 8ull * SZ_1G, SZ_4M, false };
-FIXTURE_VARIANT_ADD(disturb, base_vcpu) { SZ_4K, SZ_128M, SZ_32M, true };
-FIXTURE_VARIANT_ADD(disturb, huge_2m) { SZ_2M, SZ_128M, SZ_128M, false };
-FIXTURE_VARIANT_ADD(disturb, huge_2m_vcpu) { SZ_2M, SZ_128M, SZ_128M, true };
+FIXTURE_VARIANT_ADD(disturb, base_vcpu) { SZ_4K, SZ_512M, SZ_32M, true };
+FIXTURE_VARIANT_ADD(disturb, huge_2m) { SZ_2M, SZ_512M, SZ_128M, false };
+FIXTURE_VARIANT_ADD(disturb, huge_2m_vcpu) { SZ_2M, SZ_512M, SZ_128M, true };
 FIXTURE_VARIANT_ADD(disturb, huge_1g) { SZ_1G, SZ_1G, SZ_1G, false };
 FIXTURE_VARIANT_ADD(disturb, huge_1g_vcpu) { SZ_1G, SZ_1G, SZ_1G, true };
 
