@@ -44,6 +44,9 @@
 #define NR_CHANGES	16
 #define NR_OPS		50
 
+/* Time that a change takes, if that much memory can change */
+#define LONG_NS		60000000
+
 /* Times that a signal has to end a wait, and attempts for that. */
 #define NR_SIGNALS	10
 #define NR_ATTEMPTS	100
@@ -64,7 +67,8 @@ FIXTURE(disturb)
 	struct kvm_vm *vm;
 	struct kvm_vcpu *vcpu[GMEM_MAX_VCPUS];
 	u64 page_size;
-	u64 range;		/* the start of the file, which changes */
+	u64 range;		/* the start of the file, which can change */
+	u64 size;		/* the part of it that changes */
 	u64 rest;		/* what follows in the file, and does not change */
 	int fd, other;		/* the file, and another one that has only the range */
 	char *mem;		/* mapping of the file */
@@ -156,6 +160,9 @@ FIXTURE_SETUP(disturb)
 	run_before_changes();
 	self->page_size = variant->page_size;
 	self->range = variant->range;
+	/* A variant for one long change */
+	if (self->range > SZ_1G)
+		self->size = self->range;
 	self->rest = variant->rest;
 	if (variant->page_size == SZ_2M) {
 		long nr = (2 * self->range + self->rest) / SZ_2M;
@@ -198,14 +205,14 @@ FIXTURE_TEARDOWN(disturb)
  */
 static bool change_attributes(struct _test_data_disturb *self, long round)
 {
-	return !gmem_convert(self->change_fd, 0, self->range, round & 1 ? SHARED : PRIVATE,
+	return !gmem_convert(self->change_fd, 0, self->size, round & 1 ? SHARED : PRIVATE,
 			     NULL);
 }
 
 static bool change_contents(struct _test_data_disturb *self, long round)
 {
 	return !fallocate(self->change_fd, round & 1 ? FALLOC_FL_KEEP_SIZE : PUNCH_HOLE, 0,
-			  self->range);
+			  self->size);
 }
 
 /* Write contents to private memory, as firmware does when a VM is launched. */
@@ -213,7 +220,7 @@ static bool change_by_populating(struct _test_data_disturb *self, long round)
 {
 	gpa_t gpa = self->change_fd == self->fd ? GMEM_GPA : OTHER_GPA;
 
-	return round & 1 || !gmem_populate(self->vm, gpa, self->range / SZ_4K, NULL);
+	return round & 1 || !gmem_populate(self->vm, gpa, self->size / SZ_4K, NULL);
 }
 
 static void *make_changes(void *arg)
@@ -241,10 +248,28 @@ static void *make_changes(void *arg)
 	return NULL;
 }
 
+/* Let a change take so long that other delays of the machine differ from it. */
+static void choose_size(struct _test_data_disturb *self,
+			bool (*change)(struct _test_data_disturb *self, long round))
+{
+	u64 start, ns = 0;
+
+	self->change_fd = self->other;
+	self->size = max_t(u64, WINDOW, self->page_size) / 2;
+	while (ns < LONG_NS && self->size < self->range) {
+		self->size *= 2;
+		kvm_fallocate(self->other, FALLOC_FL_KEEP_SIZE, 0, self->size);
+		start = now_ns();
+		TEST_ASSERT(change(self, 0), "errno %d (%s)", errno, strerror(errno));
+		ns = now_ns() - start;
+		TEST_ASSERT(change(self, 1), "errno %d (%s)", errno, strerror(errno));
+	}
+}
+
 static void start_changes(struct _test_data_disturb *self, int fd,
 			  bool (*change)(struct _test_data_disturb *self, long round))
 {
-	kvm_fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, self->range);
+	kvm_fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, self->size);
 	self->change_fd = fd;
 	self->change = change;
 	self->stop = false;
@@ -486,6 +511,8 @@ static void expect_undisturbed(struct _test_data_disturb *self,
 	struct latencies other, same;
 	long stalls, limit;
 
+	if (!self->size)
+		choose_size(self, change);
 	measure(self, &other, self->other, change, op);
 	/* There may not be memory enough for both files. */
 	kvm_fallocate(self->other, PUNCH_HOLE, 0, self->range);
@@ -599,6 +626,7 @@ static void expect_interruptible(struct _test_data_disturb *self,
 	pthread_t thread;
 	int i, nr = 0;
 
+	choose_size(self, change);
 	start_changes(self, self->fd, change);
 	kvm_pthread_create(&thread, NULL, run_waiter, &w);
 	while (!READ_ONCE(w.tid))
@@ -712,6 +740,7 @@ TEST_F_TIMEOUT(disturb, turns, SLOW)
 	/* An access zeroes a huge page, which takes longer than SCHED_FIFO allows. */
 	sched_setscheduler(0, SCHED_OTHER, &(struct sched_param) { });
 	self->tight = true;
+	self->size = max_t(u64, SZ_128M, self->page_size);
 	start_changes(self, self->fd, change_contents);
 	while (!READ_ONCE(self->ended))
 		usleep(100);
