@@ -54,10 +54,11 @@
 #define GMEM_NR_BUSY_WAITS	1000
 
 /*
- * Number of pages to unmap from the host at a time.  KVM regards MMU notifiers that
- * run at the same time as one range, in which no guest can fault.
+ * Number of pages to look up, or to unmap from the host, at a time.  A lookup skips
+ * placeholders without rescheduling.  KVM regards MMU notifiers that run at the same
+ * time as one range, in which no guest can fault.
  */
-#define GMEM_CONVERT_NR_UNMAP	(SZ_32M >> PAGE_SHIFT)
+#define GMEM_CONVERT_NR_PAGES	(SZ_32M >> PAGE_SHIFT)
 
 /*
  * Number of deferred folios that causes a recheck of all of them.  One more
@@ -168,15 +169,20 @@ static int kvm_gmem_convert_walk_folios(struct gmem_conversion *c, bool killable
 					kvm_gmem_convert_fn fn)
 {
 	struct address_space *mapping = c->inode->i_mapping;
-	pgoff_t index = c->start;
+	pgoff_t index = c->start, end;
 	struct folio_batch fbatch;
 	unsigned int i;
 	int r = 0;
 
 	folio_batch_init(&fbatch);
-	while (!r && filemap_get_folios(mapping, &index, c->end - 1, &fbatch)) {
-		for (i = 0; i < folio_batch_count(&fbatch) && !r; i++)
+	while (!r && index < c->end) {
+		end = min(c->end, index + GMEM_CONVERT_NR_PAGES);
+		filemap_get_folios(mapping, &index, end - 1, &fbatch);
+		for (i = 0; i < folio_batch_count(&fbatch) && !r; i++) {
+			/* Do not find a folio again that is larger than that. */
+			index = max(index, folio_next_index(fbatch.folios[i]));
 			r = fn(c, fbatch.folios[i]);
+		}
 		folios_put(&fbatch);
 		cond_resched();
 		if (!r && c->nr_busy >= GMEM_CONVERT_NR_BUSY)
@@ -238,9 +244,9 @@ static int kvm_gmem_convert_take_from_host(struct gmem_conversion *c)
 	pgoff_t index;
 	int r;
 
-	for (index = c->start; index < c->end; index += GMEM_CONVERT_NR_UNMAP) {
+	for (index = c->start; index < c->end; index += GMEM_CONVERT_NR_PAGES) {
 		unmap_mapping_pages(c->inode->i_mapping, index,
-				    min(c->end - index, GMEM_CONVERT_NR_UNMAP), false);
+				    min(c->end - index, GMEM_CONVERT_NR_PAGES), false);
 		if (fatal_signal_pending(current))
 			return -EINTR;
 		cond_resched();
