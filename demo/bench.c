@@ -3,7 +3,7 @@
  * Measure the cost of guest_memfd under a clock that counts instructions, so that a
  * nanosecond is one instruction.  Print "name value" lines for scripts/bench.
  *
- * usage: bench base | huge | convert | convert-two-backings | split | toggle
+ * usage: bench base | huge | convert | convert-two-backings | split | small | toggle
  *
  * "base" and "convert-two-backings" run on any kernel, "convert" and "split" where
  * conversion in place is on.
@@ -328,6 +328,14 @@ static void bench_split(void)
 	create_in_place(&b, SZ_1G);
 	bench_first(&b);
 	bench_comb(&b);
+	free_backings(&b);
+}
+
+static void bench_small(void)
+{
+	struct backings b;
+
+	create_in_place(&b, SZ_1G);
 	bench_pages(&b, "split");
 	free_backings(&b);
 
@@ -348,6 +356,8 @@ int main(int argc, char *argv[])
 		bench_huge();
 	else if (argc == 2 && !strcmp(argv[1], "split"))
 		bench_split();
+	else if (argc == 2 && !strcmp(argv[1], "small"))
+		bench_small();
 	else if (argc == 2 && !strcmp(argv[1], "toggle"))
 		bench_toggles();
 	else
