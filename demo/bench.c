@@ -5,7 +5,7 @@
  *
  * usage: bench base | huge | convert | convert-two-backings | split | small | toggle
  *
- * "base" and "convert-two-backings" run on any kernel, "convert" and "split" where
+ * "base" and "convert-two-backings" run on any kernel, the others but "huge" where
  * conversion in place is on.
  */
 #include <sys/mman.h>

@@ -432,6 +432,7 @@ static int guestmem_prepare_split_page(struct guestmem_allocator *gm,
 	struct folio *folio = xa_load(&gm->mapping->i_pages, index);
 	pgoff_t i, end = index + (1UL << gm->order), size = guestmem_part_size(gm);
 	struct hugetlb_split *split;
+	bool is_added = false;
 	int r = 0;
 
 	if (!folio)
@@ -451,11 +452,15 @@ static int guestmem_prepare_split_page(struct guestmem_allocator *gm,
 	}
 
 	split = folio->private;
-	guestmem_change_add(gm, c, split, index, false);
-	for (i = split->change.start; i < split->change.end; i += size) {
+	for (i = max(index, round_down(c->start, size)); i < min(end, c->end); i += size) {
 		folio = xa_load(&gm->mapping->i_pages, i);
 		if (!folio_test_large(folio))
 			continue;
+
+		/* Often no part splits, and there is nothing to commit. */
+		if (!is_added)
+			guestmem_change_add(gm, c, split, index, false);
+		is_added = true;
 		r = guestmem_freeze_for_split(gm, c, split, i, i + size);
 		if (!r)
 			r = guestmem_prepare_part(gm, split, i);

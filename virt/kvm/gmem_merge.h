@@ -13,8 +13,8 @@ struct gmem_inode;
  * @due: one bit per huge page that is to be merged by the next run of @work
  * @later: one bit per huge page that is to be merged by a run after that
  * @nr_pages: number of huge pages in the file; 0 if none is ever split
- * @failed: a huge page could not be merged in this run of @work
- * @one_by_one: nor in the run before, so do not merge it together with others
+ * @failed: some huge page could not be merged in this run of @work
+ * @one_by_one: some could not in the last run, so merge each one apart from the others
  *
  * The file's change_lock protects the bits.
  */

@@ -315,9 +315,8 @@ static void host_fallocate(struct _test_data_disturb *self)
 
 static void host_mincore(struct _test_data_disturb *self)
 {
-	unsigned char vec;
-
 	char *p = self->mem + random_offset(self);
+	unsigned char vec;
 
 	/* Without a page table entry, mincore() looks at the page cache. */
 	madvise(p, SZ_4K, MADV_DONTNEED);
