@@ -100,6 +100,23 @@ static void convert_own(struct job *j, int nr)
 	}
 }
 
+static void allocate(struct job *j, u64 size)
+{
+	kvm_fallocate(j->fd, FALLOC_FL_KEEP_SIZE, 0, size);
+}
+
+/* Split the huge pages, too: one thread splits one of them, while many split them all. */
+static void allocate_and_split(struct job *j, u64 size)
+{
+	u64 offset;
+
+	allocate(j, size);
+	for (offset = 0; offset < size; offset += SZ_2M) {
+		convert(j, offset, 0);
+		convert(j, offset, KVM_MEMORY_ATTRIBUTE_PRIVATE);
+	}
+}
+
 static void touch_own(struct job *j, int nr)
 {
 	pre_fault(j->vcpus[nr], (u64)nr * SZ_1G, SZ_4K);
@@ -119,7 +136,8 @@ static void close_file(struct job *j)
 
 /* Print the shortest time of one thread, and that of @nr_threads for the same work. */
 static void scale(struct job *j, const char *name, size_t page_size, u64 size,
-		  int nr_threads, void (*work)(struct job *j, int nr), bool allocate)
+		  int nr_threads, void (*work)(struct job *j, int nr),
+		  void (*prepare)(struct job *j, u64 size))
 {
 	const int nr[] = { 1, nr_threads };
 	double t, best[2] = { 1e30, 1e30 };
@@ -128,8 +146,8 @@ static void scale(struct job *j, const char *name, size_t page_size, u64 size,
 	for (run = 0; run < NR_RUNS; run++) {
 		for (i = 0; i < 2; i++) {
 			open_file(j, page_size, size);
-			if (allocate)
-				kvm_fallocate(j->fd, FALLOC_FL_KEEP_SIZE, 0, size);
+			if (prepare)
+				prepare(j, size);
 			t = run_threads(j, nr[i], work);
 			if (t < best[i])
 				best[i] = t;
@@ -149,12 +167,12 @@ static void bench_scale(void)
 	struct job j = {};
 
 	j.vm = __vm_create_with_vcpus(shape, NR_THREADS, 0, NULL, j.vcpus);
-	scale(&j, "fault", SZ_4K, FAULT_SIZE, NR_THREADS, fault_part, true);
+	scale(&j, "fault", SZ_4K, FAULT_SIZE, NR_THREADS, fault_part, allocate);
 	scale(&j, "convert", kvm_converts_in_place() ? SZ_2M : SZ_4K, NR_THREADS * SZ_2M,
-	      NR_THREADS, convert_own, true);
+	      NR_THREADS, convert_own, allocate_and_split);
 	/* One thread touches one huge page, and two threads touch two. */
 	if (kvm_converts_in_place())
-		scale(&j, "touch", SZ_1G, 2ull * SZ_1G, 2, touch_own, false);
+		scale(&j, "touch", SZ_1G, 2ull * SZ_1G, 2, touch_own, NULL);
 	kvm_vm_free(j.vm);
 }
 
