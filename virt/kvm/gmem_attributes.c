@@ -187,7 +187,11 @@ int kvm_gmem_attributes_prepare(struct gmem_attributes *ga, struct ma_state *mas
 	if (found == entry)
 		last = mas->last;
 
-	mas_set_range(mas, first, last);
+	/* Most changes are inside of the range that the walk has found. */
+	if (mas->index <= first && last <= mas->last)
+		__mas_set_range(mas, first, last);
+	else
+		mas_set_range(mas, first, last);
 	return mas_preallocate(mas, entry, gfp);
 }
 

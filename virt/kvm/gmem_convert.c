@@ -161,23 +161,24 @@ static int kvm_gmem_convert_check_busy(struct gmem_conversion *c)
 typedef int (*kvm_gmem_convert_fn)(struct gmem_conversion *c, struct folio *folio);
 
 /*
- * Call @fn for every folio in the range, with a reference.  Stop if it returns
- * an error, or if @killable and the task is being killed.  Recheck deferred
- * folios only when the walk itself has no references.
+ * Call @fn for every folio in [@index, @end), with a reference.  Stop if it
+ * returns an error, or if @killable and the task is being killed.  Recheck
+ * deferred folios only when the walk itself has no references.
  */
-static int kvm_gmem_convert_walk_folios(struct gmem_conversion *c, bool killable,
+static int kvm_gmem_convert_walk_folios(struct gmem_conversion *c, pgoff_t index,
+					pgoff_t end, bool killable,
 					kvm_gmem_convert_fn fn)
 {
 	struct address_space *mapping = c->inode->i_mapping;
-	pgoff_t index = c->start, end;
 	struct folio_batch fbatch;
+	pgoff_t last;
 	unsigned int i;
 	int r = 0;
 
 	folio_batch_init(&fbatch);
-	while (!r && index < c->end) {
-		end = min(c->end, index + GMEM_CONVERT_NR_PAGES);
-		filemap_get_folios(mapping, &index, end - 1, &fbatch);
+	while (!r && index < end) {
+		last = min(end, index + GMEM_CONVERT_NR_PAGES) - 1;
+		filemap_get_folios(mapping, &index, last, &fbatch);
 		for (i = 0; i < folio_batch_count(&fbatch) && !r; i++) {
 			/* Do not find a folio again that is larger than that. */
 			index = max(index, folio_next_index(fbatch.folios[i]));
@@ -252,11 +253,13 @@ static int kvm_gmem_convert_take_from_host(struct gmem_conversion *c)
 		cond_resched();
 	}
 
-	r = kvm_gmem_convert_walk_folios(c, true, kvm_gmem_convert_unmap_folio);
+	r = kvm_gmem_convert_walk_folios(c, c->start, c->end, true,
+					 kvm_gmem_convert_unmap_folio);
 	if (r)
 		return r;
 
-	r = kvm_gmem_convert_walk_folios(c, true, kvm_gmem_convert_check_folio);
+	r = kvm_gmem_convert_walk_folios(c, c->start, c->end, true,
+					 kvm_gmem_convert_check_folio);
 	return r ?: kvm_gmem_convert_check_busy(c);
 }
 
@@ -285,12 +288,7 @@ static void kvm_gmem_convert_end_run(struct gmem_conversion *c)
 static int kvm_gmem_convert_share_folio(struct gmem_conversion *c,
 					struct folio *folio)
 {
-	struct gmem_attributes *ga = &GMEM_I(c->inode)->attributes;
 	kvm_pfn_t pfn = folio_pfn(folio);
-
-	if (!(kvm_gmem_attributes_get(ga, folio->index).attributes &
-	      KVM_MEMORY_ATTRIBUTE_PRIVATE))
-		return 0;
 
 	if (pfn != c->run_pfn + c->run_pages)
 		kvm_gmem_convert_end_run(c);
@@ -306,7 +304,17 @@ static int kvm_gmem_convert_share_folio(struct gmem_conversion *c,
  */
 static void kvm_gmem_convert_give_to_host(struct gmem_conversion *c)
 {
-	kvm_gmem_convert_walk_folios(c, false, kvm_gmem_convert_share_folio);
+	struct gmem_attributes *ga = &GMEM_I(c->inode)->attributes;
+	struct gmem_attributes_range range;
+	pgoff_t index, end;
+
+	for (index = c->start; index < c->end; index = end) {
+		range = kvm_gmem_attributes_get(ga, index);
+		end = min(c->end, range.last + 1);
+		if (range.attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE)
+			kvm_gmem_convert_walk_folios(c, index, end, false,
+						     kvm_gmem_convert_share_folio);
+	}
 	kvm_gmem_convert_end_run(c);
 }
 
