@@ -364,7 +364,7 @@ static void guestmem_hugetlb_remove(struct guestmem_allocator *gm, pgoff_t index
 static void guestmem_hugetlb_unmap(struct guestmem_allocator *gm, pgoff_t start,
 				   pgoff_t end)
 {
-	pgoff_t step = max(1UL << gm->order, SZ_32M >> PAGE_SHIFT);
+	pgoff_t step = max(PMD_SIZE, SZ_32M) >> PAGE_SHIFT;
 
 	for (; start < end; start += step) {
 		unmap_mapping_pages(gm->mapping, start, min(end - start, step), false);

@@ -62,9 +62,9 @@ void guestmem_insert(struct address_space *mapping, pgoff_t index, struct folio 
 }
 
 /*
- * Prepare to store one entry for a huge page.  That can need a node at index 0: the tree
- * is as low as possible if there is no other entry, and the new entry may be as large as
- * all that the root node covers.  Other entries can go before the store.
+ * Prepare to store one entry for a huge page.  At index 0 the store can need a node: the
+ * tree becomes lower as other entries go, and its root node may then cover no more than
+ * the new entry.
  */
 int guestmem_prepare_store(struct address_space *mapping, pgoff_t index,
 			   unsigned int order, struct xa_state *store)

@@ -174,7 +174,7 @@ static int guestmem_freeze_for_split(struct guestmem_allocator *gm,
 	return r ?: guestmem_freeze_range(gm, c, split, start, end);
 }
 
-/* Tell the caller of a frozen folio that splits now. */
+/* Report a frozen folio to the caller before it splits. */
 static void guestmem_commit_folio(struct guestmem_change *c, struct hugetlb_split *split,
 				  pgoff_t start, pgoff_t end)
 {
@@ -185,8 +185,8 @@ static void guestmem_commit_folio(struct guestmem_change *c, struct hugetlb_spli
 }
 
 /* Tell whether a part of a huge page that is being split is split, too. */
-static bool guestmem_part_splits(struct guestmem_allocator *gm,
-				 const struct guestmem_change *c, pgoff_t index)
+static bool guestmem_needs_pieces(struct guestmem_allocator *gm,
+				  const struct guestmem_change *c, pgoff_t index)
 {
 	pgoff_t end = index + guestmem_part_size(gm);
 
@@ -213,7 +213,7 @@ static int guestmem_prepare_whole(struct guestmem_allocator *gm, struct hugetlb_
 	int r = guestmem_split_placeholder(gm->mapping, index, gm->order, gm->part_order);
 
 	for (; !r && index < end; index += guestmem_part_size(gm)) {
-		if (guestmem_part_splits(gm, c, index))
+		if (guestmem_needs_pieces(gm, c, index))
 			r = guestmem_prepare_part(gm, split, index);
 	}
 
@@ -239,7 +239,7 @@ static void guestmem_split_whole(struct guestmem_allocator *gm, struct hugetlb_s
 	hugetlb_split_commit(split);
 
 	for (i = index; i < end; i += guestmem_part_size(gm)) {
-		if (guestmem_part_splits(gm, c, i))
+		if (guestmem_needs_pieces(gm, c, i))
 			guestmem_split_part(gm, split, i);
 	}
 }
@@ -543,7 +543,7 @@ static void guestmem_abort_page(struct guestmem_allocator *gm, struct hugetlb_sp
 
 	guestmem_insert_range(gm, split, index, index + (1UL << gm->order));
 	xas_destroy(&split->change.store);
-	hugetlb_vmemmap_free_pages(&split->vmemmap_pages);
+	hugetlb_vmemmap_free_pages(&split->change.vmemmap_pages);
 }
 
 /* Undo a preparation that has failed. */

@@ -84,7 +84,7 @@ static void init_frozen_folio(const struct hugetlb_split *split, struct page *pa
 {
 	unsigned long i, nr_writable = 1UL << order;
 
-	/* The others are, or will be, the read-only tails of the zone. */
+	/* The remaining struct pages map the zone's read-only tail page. */
 	if (hugetlb_split_is_optimized(split, order) && !split->is_mappable)
 		nr_writable = HUGETLB_VMEMMAP_RESERVE_PAGES;
 
@@ -122,8 +122,8 @@ static void split_optimized_block(struct hugetlb_split *split, struct page *page
 			reset_struct_page(alias + i);
 	}
 
-	hugetlb_vmemmap_set_parts(page, old_order, order, alias, &split->vmemmap_pages);
-	split->need_flush = true;
+	hugetlb_vmemmap_set_parts(page, old_order, order, alias, &split->change.vmemmap_pages);
+	split->change.need_flush = true;
 }
 
 /* Split a frozen folio of @old_order into frozen folios of @order. */
@@ -140,7 +140,7 @@ static void split_block(struct hugetlb_split *split, struct page *page,
 		/* Restore all of the vmemmap, and initialize larger folios in it. */
 		split_optimized_block(split, page, old_order, 0);
 		hugetlb_vmemmap_flush(page, page + (1UL << old_order));
-		split->need_flush = false;
+		split->change.need_flush = false;
 	}
 
 	for (i = 0; i < 1UL << old_order; i += 1UL << order) {
@@ -156,8 +156,8 @@ static void merge_block(struct hugetlb_split *split, struct page *page, unsigned
 	init_frozen_folio(split, page, order);
 	if (hugetlb_split_is_optimized(split, order)) {
 		hugetlb_vmemmap_set_parts(page, order, order, hugetlb_vmemmap_alias(page),
-					  &split->vmemmap_pages);
-		split->need_flush = true;
+					  &split->change.vmemmap_pages);
+		split->change.need_flush = true;
 	}
 }
 
@@ -175,20 +175,20 @@ void hugetlb_split_flush(struct list_head *list)
 	struct hugetlb_split *split;
 
 	list_for_each_entry(split, list, change.node) {
-		if (!split->need_flush)
+		if (!split->change.need_flush)
 			continue;
 
 		split_end = split->page + pages_per_huge_page(split->h);
 		first = first ? min(first, split->page) : split->page;
 		end = max(end, split_end);
-		split->need_flush = false;
+		split->change.need_flush = false;
 	}
 
 	if (first)
 		hugetlb_vmemmap_flush(first, end);
 
 	list_for_each_entry(split, list, change.node) {
-		hugetlb_vmemmap_free_pages(&split->vmemmap_pages);
+		hugetlb_vmemmap_free_pages(&split->change.vmemmap_pages);
 		cond_resched();
 	}
 }
@@ -268,7 +268,7 @@ struct hugetlb_split *hugetlb_split_prepare(struct folio *folio, unsigned int pa
 	split->part_order = part_order;
 	split->is_mappable = is_mappable;
 	split->optimized = folio_test_hugetlb_vmemmap_optimized(folio);
-	INIT_LIST_HEAD(&split->vmemmap_pages);
+	INIT_LIST_HEAD(&split->change.vmemmap_pages);
 	atomic_long_set(&split->nr_out, 1);
 	INIT_WORK(&split->free_work, hugetlb_split_free_work);
 
@@ -277,7 +277,7 @@ struct hugetlb_split *hugetlb_split_prepare(struct folio *folio, unsigned int pa
 
 	if (split->optimized && (is_mappable || part_order < order) &&
 	    hugetlb_vmemmap_prepare_parts(split->page, order, is_mappable ? 0 : part_order,
-					  &split->vmemmap_pages))
+					  &split->change.vmemmap_pages))
 		goto err_erase;
 
 	return split;
@@ -299,7 +299,7 @@ err_free:
  */
 void hugetlb_split_abort(struct hugetlb_split *split)
 {
-	hugetlb_vmemmap_free_pages(&split->vmemmap_pages);
+	hugetlb_vmemmap_free_pages(&split->change.vmemmap_pages);
 	xa_erase_irq(&split->h->split_hugepages, hugetlb_split_index(split));
 	kfree(split);
 }
@@ -358,7 +358,7 @@ int hugetlb_split_prepare_part(struct hugetlb_split *split, struct page *page)
 		return 0;
 
 	return hugetlb_vmemmap_prepare_parts(page, split->part_order, 0,
-					     &split->vmemmap_pages);
+					     &split->change.vmemmap_pages);
 }
 
 /**

@@ -22,8 +22,10 @@
  * @is_first: the huge page is still whole, and this change splits it
  * @is_merge: this change merges all of the huge page
  * @store: how to store the merged folio in the owner's page cache, with the memory for it
+ * @vmemmap_pages: vmemmap pages that have been allocated for the change or are left over
+ * @need_flush: TLBs have to be flushed, see hugetlb_split_flush()
  *
- * The owner of the huge page uses these fields, and alone has access to them.
+ * The owner of the huge page makes one change at a time, and protects these fields.
  */
 struct hugetlb_split_change {
 	struct list_head node;
@@ -33,6 +35,8 @@ struct hugetlb_split_change {
 	bool is_first;
 	bool is_merge;
 	struct xa_state store;
+	struct list_head vmemmap_pages;
+	bool need_flush;
 };
 
 /**
@@ -49,8 +53,6 @@ struct hugetlb_split_change {
  * @memcg_data: memory cgroup that the page is charged to
  * @hwpoison: some page has a memory error
  * @raw_hwp_list: the pages with errors, see raw_hwp_list_head()
- * @vmemmap_pages: vmemmap pages that have been allocated for a change or are left over
- * @need_flush: TLBs have to be flushed, see hugetlb_split_flush()
  * @nr_out: number of base pages in folios that left their file but have references,
  *	    plus one until hugetlb_split_release()
  * @free_work: merges and frees the page
@@ -77,8 +79,6 @@ struct hugetlb_split {
 	bool hwpoison;
 	struct llist_head raw_hwp_list;
 
-	struct list_head vmemmap_pages;
-	bool need_flush;
 	atomic_long_t nr_out;
 	struct work_struct free_work;
 

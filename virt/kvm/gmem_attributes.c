@@ -33,18 +33,18 @@
 #include "gmem_attributes.h"
 
 /* Store a value entry: attributes of 0 must differ from an absent entry. */
-static void *attributes_to_entry(u64 attributes)
+static void *kvm_gmem_to_entry(u64 attributes)
 {
 	return xa_mk_value(attributes);
 }
 
-static u64 entry_to_attributes(void *entry)
+static u64 kvm_gmem_from_entry(void *entry)
 {
 	return xa_to_value(entry);
 }
 
-/**
- * kvm_gmem_attributes_init - Initialize the attributes of a new file
+/*
+ * Initialize the attributes of a new file.
  * @ga: attributes to initialize
  * @lock: protects @ga, normally the change_lock of the file
  * @nr_pages: size of the file, at least 1
@@ -64,15 +64,15 @@ int kvm_gmem_attributes_init(struct gmem_attributes *ga, struct mutex *lock,
 	mt_set_external_lock(&ga->tree, lock);
 
 	mutex_lock(lock);
-	r = mas_store_gfp(&mas, attributes_to_entry(attributes),
+	r = mas_store_gfp(&mas, kvm_gmem_to_entry(attributes),
 			  GFP_KERNEL_ACCOUNT);
 	mutex_unlock(lock);
 
 	return r;
 }
 
-/**
- * kvm_gmem_attributes_destroy - Free the attributes of a file
+/*
+ * Free the attributes of a file.
  * @ga: attributes to free, or zeroed memory
  *
  * Context: Any that may free memory.  No other task can access @ga any more.
@@ -87,8 +87,8 @@ void kvm_gmem_attributes_destroy(struct gmem_attributes *ga)
 	__mt_destroy(&ga->tree);
 }
 
-/**
- * kvm_gmem_attributes_get - Look up the attributes of a page and their range
+/*
+ * Look up the attributes of a page and their range.
  * @ga: attributes of the file
  * @index: page of the file
  *
@@ -108,7 +108,7 @@ struct gmem_attributes_range kvm_gmem_attributes_get(struct gmem_attributes *ga,
 	range = (struct gmem_attributes_range) {
 		.first = mas.index,
 		.last = mas.last,
-		.attributes = entry_to_attributes(entry),
+		.attributes = kvm_gmem_from_entry(entry),
 	};
 	/* Treat an index beyond the file as private: the host has no access. */
 	if (WARN_ON_ONCE(!entry))
@@ -117,8 +117,8 @@ struct gmem_attributes_range kvm_gmem_attributes_get(struct gmem_attributes *ga,
 	return range;
 }
 
-/**
- * kvm_gmem_attributes_are - Check whether all pages of a range have @attributes
+/*
+ * Check whether all pages of a range have @attributes.
  * @ga: attributes of the file
  * @start: index of the first page
  * @end: index after the last page
@@ -134,8 +134,8 @@ bool kvm_gmem_attributes_are(struct gmem_attributes *ga, pgoff_t start, pgoff_t 
 	return range.attributes == attributes && range.last >= end - 1;
 }
 
-/**
- * kvm_gmem_attributes_prepare - Allocate the memory for a change of attributes
+/*
+ * Allocate the memory for a change of attributes.
  * @ga: attributes of the file
  * @mas: state of the change until it is committed or aborted
  * @start: index of the first page
@@ -155,7 +155,7 @@ int kvm_gmem_attributes_prepare(struct gmem_attributes *ga, struct ma_state *mas
 				pgoff_t start, pgoff_t end, u64 attributes, gfp_t gfp)
 {
 	pgoff_t first = start, last = end - 1;
-	void *found, *entry = attributes_to_entry(attributes);
+	void *found, *entry = kvm_gmem_to_entry(attributes);
 	struct ma_state before;
 
 	lockdep_assert(mt_write_lock_is_held(&ga->tree));
@@ -195,8 +195,8 @@ int kvm_gmem_attributes_prepare(struct gmem_attributes *ga, struct ma_state *mas
 	return mas_preallocate(mas, entry, gfp);
 }
 
-/**
- * kvm_gmem_attributes_commit - Make a prepared change
+/*
+ * Make a prepared change.
  * @mas: from kvm_gmem_attributes_prepare()
  * @attributes: as passed to kvm_gmem_attributes_prepare()
  *
@@ -206,11 +206,11 @@ void kvm_gmem_attributes_commit(struct ma_state *mas, u64 attributes)
 {
 	lockdep_assert(mt_write_lock_is_held(mas->tree));
 
-	mas_store_prealloc(mas, attributes_to_entry(attributes));
+	mas_store_prealloc(mas, kvm_gmem_to_entry(attributes));
 }
 
-/**
- * kvm_gmem_attributes_abort - Drop a prepared change
+/*
+ * Drop a prepared change.
  * @mas: from kvm_gmem_attributes_prepare()
  *
  * Context: As for kvm_gmem_attributes_commit().

@@ -10,11 +10,11 @@
  *
  * - Prepare: allocate the memory for the change.  If memory becomes private,
  *   unmap it from the host and check that it has no other users.  If it becomes
- *   shared, let the allocator freeze the folios that split.  This can fail.  Then
- *   the only effect is that the host has to fault the memory in again.
+ *   shared, let the allocator freeze the folios that split.  This can fail.
+ *   Then the only effect is that the host has to fault the memory in again.
  * - Commit: unmap the range from all guests, notify the architecture, split
- *   folios, and change the attributes.  This cannot fail.  Folios merge later, see
- *   gmem_merge.c.
+ *   folios, and change the attributes.  This cannot fail.  Folios merge later,
+ *   see gmem_merge.c.
  * - Abort: free the memory allocated by prepare.  The allocator has put folios
  *   back if it has failed.
  *
@@ -24,8 +24,8 @@
  * - A fault of the host holds the folio lock until it has written the page
  *   table entry.  Once the conversion has locked the folio, the fault has
  *   mapped it, so that it can be unmapped, or the fault does not map it at all.
- * - A fault of a guest drops its reference before the lock of the page, and then
- *   detects by mmu_invalidate_seq that the range was unmapped.
+ * - A fault of a guest drops its reference before the lock of the page, and
+ *   then detects by mmu_invalidate_seq that the range was unmapped.
  *
  * The remaining references are of two kinds.  A long-term pin allows writes to
  * the page whatever its attributes are, so it fails the conversion.  A
@@ -46,17 +46,17 @@
 #include "guest_memfd.h"
 
 /*
- * Interval of the waits for references, and their number: 10 ms in total on a CPU
- * that has time for the holder of a reference, and 100 ms on a busy one.
+ * Interval of the waits for references, and their number: 10 ms in total on a
+ * CPU that has time for the holder of a reference, and 100 ms on a busy one.
  */
 #define GMEM_WAIT_US		100
 #define GMEM_NR_WAITS		100
 #define GMEM_NR_BUSY_WAITS	1000
 
 /*
- * Number of pages to look up, or to unmap from the host, at a time.  A lookup skips
- * placeholders without rescheduling.  KVM regards MMU notifiers that run at the same
- * time as one range, in which no guest can fault.
+ * Number of pages to look up, or to unmap from the host, at a time.  A lookup
+ * skips placeholders without rescheduling.  KVM regards MMU notifiers that run
+ * at the same time as one range, in which no guest can fault.
  */
 #define GMEM_CONVERT_NR_PAGES	(SZ_32M >> PAGE_SHIFT)
 
@@ -116,14 +116,14 @@ static bool kvm_gmem_convert_is_unused(struct folio *folio)
 }
 
 /*
- * Wait briefly for a reference.  Limit the number of waits, not the elapsed time: a
- * change of a large range meets many short-term references.  A preempted task drops
- * its reference only when it runs again, so waits count less if it had to compete
- * for the CPU.
+ * Wait briefly for a reference.  Limit the number of waits, not the elapsed
+ * time: a change of a large range meets many short-term references.  A
+ * preempted task drops its reference only when it runs again, so waits count
+ * less if it had to compete for the CPU.
  */
 bool kvm_gmem_wait_for_reference(unsigned int *spent)
 {
-	if (*spent >= GMEM_NR_BUSY_WAITS)
+	if (*spent >= GMEM_NR_BUSY_WAITS || fatal_signal_pending(current))
 		return false;
 
 	usleep_range(GMEM_WAIT_US / 2, GMEM_WAIT_US);
@@ -177,10 +177,12 @@ static int kvm_gmem_convert_walk_folios(struct gmem_conversion *c, pgoff_t index
 
 	folio_batch_init(&fbatch);
 	while (!r && index < end) {
-		last = min(end, index + GMEM_CONVERT_NR_PAGES) - 1;
+		last = end - 1;
+		if (GMEM_I(c->inode)->allocator.order)
+			last = min(last, index + GMEM_CONVERT_NR_PAGES - 1);
 		filemap_get_folios(mapping, &index, last, &fbatch);
 		for (i = 0; i < folio_batch_count(&fbatch) && !r; i++) {
-			/* Do not find a folio again that is larger than that. */
+			/* Skip the rest of a large folio. */
 			index = max(index, folio_next_index(fbatch.folios[i]));
 			r = fn(c, fbatch.folios[i]);
 		}
@@ -242,14 +244,18 @@ static int kvm_gmem_convert_check_folio(struct gmem_conversion *c, struct folio 
  */
 static int kvm_gmem_convert_take_from_host(struct gmem_conversion *c)
 {
-	pgoff_t index;
+	struct address_space *mapping = c->inode->i_mapping;
+	pgoff_t index = c->start;
 	int r;
 
-	for (index = c->start; index < c->end; index += GMEM_CONVERT_NR_PAGES) {
-		unmap_mapping_pages(c->inode->i_mapping, index,
+	/* Skip holes: a file can be much larger than the memory that it has. */
+	while (index < c->end &&
+	       xa_find(&mapping->i_pages, &index, c->end - 1, XA_PRESENT)) {
+		unmap_mapping_pages(mapping, index,
 				    min(c->end - index, GMEM_CONVERT_NR_PAGES), false);
 		if (fatal_signal_pending(current))
 			return -EINTR;
+		index += GMEM_CONVERT_NR_PAGES;
 		cond_resched();
 	}
 
@@ -369,7 +375,9 @@ static int kvm_gmem_convert_prepare(struct gmem_conversion *c)
 	return kvm_gmem_convert_split_folios(c);
 }
 
-/* Folios are never larger than the attributes allow: split first, merge last. */
+/*
+ * Folios are never larger than the attributes allow: split first, merge last.
+ */
 static void kvm_gmem_convert_commit(struct gmem_conversion *c)
 {
 	struct gmem_inode *gi = GMEM_I(c->inode);
@@ -416,8 +424,8 @@ abort:
 	return r;
 }
 
-/**
- * kvm_gmem_convert - Make a range of a guest_memfd file private or shared
+/*
+ * Make a range of a guest_memfd file private or shared.
  * @inode: the file's inode
  * @start: index of the first page
  * @end: index after the last page, not after the end of the file

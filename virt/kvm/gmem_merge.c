@@ -7,17 +7,18 @@
  * DOC: merging of guest_memfd huge pages
  *
  * A guest that shares memory often takes it back soon, and shares it again.
- * Splitting and merging its huge page each time would be expensive for the guest,
- * and for the whole host, as it flushes the TLBs of all CPUs.  So a conversion to
- * private only marks the huge page, and a worker merges it when none of its pages
- * has become private for kvm.gmem_merge_delay_ms.  The guest's mappings do not
- * depend on that: a fault maps as much memory as is private.
+ * Splitting and merging its huge page each time would be expensive for the
+ * guest, and for the whole host, as it flushes the TLBs of all CPUs.  So a
+ * conversion to private only marks the huge page, and a worker merges it when
+ * none of its pages has become private for kvm.gmem_merge_delay_ms.  The
+ * guest's mappings do not depend on that: a fault maps as much memory as is
+ * private.
  *
- * Merging is a change of a range like any other, see gmem_range.c.  It has no effect
- * on the contents or attributes of the memory, so it may fail, and is repeated after
- * the next delay.  The worker makes short changes, so that conversions do not wait
- * long for it, but one change can merge many small huge pages, which then share a TLB
- * flush and a grace period.
+ * Merging is a change of a range like any other, see gmem_range.c.  It has no
+ * effect on the contents or attributes of the memory, so it may fail, and is
+ * repeated after the next delay.  The worker makes short changes, so that
+ * conversions do not wait long for it, but one change can merge many small huge
+ * pages, which then share a TLB flush and a grace period.
  *
  * A huge page that leaves its file is merged on the way to its pool.
  */
@@ -69,7 +70,7 @@ static int kvm_gmem_merge_pages(struct gmem_inode *gi, pgoff_t start, pgoff_t en
 	return r;
 }
 
-/* Without a delay the worker only repeats what failed, which must not be at once. */
+/* Retry a failed merge after a second if there is no delay. */
 static void kvm_gmem_merge_queue(struct gmem_inode *gi)
 {
 	unsigned int delay_ms = READ_ONCE(gmem_merge_delay_ms) ?: MSEC_PER_SEC;
@@ -77,7 +78,10 @@ static void kvm_gmem_merge_queue(struct gmem_inode *gi)
 	queue_delayed_work(system_dfl_wq, &gi->merge.work, msecs_to_jiffies(delay_ms));
 }
 
-/* Merge a few consecutive huge pages that are due.  Return false if there is none. */
+/*
+ * Merge a few consecutive huge pages that are due, and return whether there are
+ * any.
+ */
 static bool kvm_gmem_merge_next(struct gmem_inode *gi)
 {
 	unsigned int order = gi->allocator.order;
@@ -85,13 +89,16 @@ static bool kvm_gmem_merge_next(struct gmem_inode *gi)
 	unsigned long first, end, max;
 	int r;
 
-	guard(mutex)(&gi->ranges.change_lock);
+	/* Not a hung task: another change can take long. */
+	ACQUIRE(mutex_kill, lock)(&gi->ranges.change_lock);
+	if (ACQUIRE_ERR(mutex_kill, &lock))
+		return false;
 
 	first = find_first_bit(gg->due, gg->nr_pages);
 	if (first == gg->nr_pages)
 		return false;
 
-	max = gg->one_by_one ? 1 : max(GMEM_MERGE_PAGES >> order, 1UL);
+	max = first < gg->retry_end ? 1 : max(GMEM_MERGE_PAGES >> order, 1UL);
 	end = find_next_zero_bit(gg->due, min(first + max, gg->nr_pages), first);
 	bitmap_clear(gg->due, first, end - first);
 
@@ -102,9 +109,15 @@ static bool kvm_gmem_merge_next(struct gmem_inode *gi)
 	}
 
 	trace_kvm_gmem_merge(gi->vfs_inode.i_ino, first << order, end << order, r);
-	if (r) {
-		bitmap_set(gg->later, first, end - first);
-		gg->failed = true;
+	if (r && end - first > 1) {
+		/*
+		 * One page that is in use must not keep others split: retry
+		 * each alone.
+		 */
+		bitmap_set(gg->due, first, end - first);
+		gg->retry_end = end;
+	} else if (r) {
+		bitmap_set(gg->later, first, 1);
 	}
 	return true;
 }
@@ -122,16 +135,17 @@ static void kvm_gmem_merge_work(struct work_struct *work)
 		cond_resched();
 	}
 
-	guard(mutex)(&gi->ranges.change_lock);
+	ACQUIRE(mutex_kill, lock)(&gi->ranges.change_lock);
+	if (ACQUIRE_ERR(mutex_kill, &lock))
+		return;
 
-	gg->one_by_one = gg->failed;
-	gg->failed = false;
+	gg->retry_end = 0;
 	swap(gg->due, gg->later);
 	if (!bitmap_empty(gg->due, gg->nr_pages))
 		kvm_gmem_merge_queue(gi);
 }
 
-/* Check whether the memory around a range that has become private includes a part. */
+/* Check whether the private memory around a range includes a part. */
 static bool kvm_gmem_merge_has_part(struct gmem_inode *gi, pgoff_t start, pgoff_t end)
 {
 	pgoff_t size = 1UL << gi->allocator.part_order;
@@ -145,8 +159,8 @@ static bool kvm_gmem_merge_has_part(struct gmem_inode *gi, pgoff_t start, pgoff_
 
 /*
  * Merge the huge pages that the range is in, as far as the attributes allow: at
- * once if there is no delay and no page is in use, else later.  The range has become
- * private, and is still changing.
+ * once if there is no delay and no page is in use, else later.  The range has
+ * become private, and is still changing.
  */
 void kvm_gmem_merge_range(struct gmem_inode *gi, pgoff_t start, pgoff_t end)
 {
@@ -155,7 +169,7 @@ void kvm_gmem_merge_range(struct gmem_inode *gi, pgoff_t start, pgoff_t end)
 
 	lockdep_assert_held(&gi->ranges.change_lock);
 
-	/* Most changes are small: do not look at folios if none can be merged. */
+	/* Most changes are too small to merge folios. */
 	if (!gg->nr_pages || !kvm_gmem_merge_has_part(gi, start, end))
 		return;
 
@@ -190,7 +204,7 @@ int kvm_gmem_merge_init(struct gmem_inode *gi)
 	return 0;
 }
 
-/* Wait for the worker to stop.  No task converts memory of the file any more. */
+/* Wait for the worker to stop.  No task can convert memory any more. */
 void kvm_gmem_merge_stop(struct gmem_inode *gi)
 {
 	if (gi->merge.nr_pages)

@@ -13,8 +13,7 @@ struct gmem_inode;
  * @due: one bit per huge page that is to be merged by the next run of @work
  * @later: one bit per huge page that is to be merged by a run after that
  * @nr_pages: number of huge pages in the file; 0 if none is ever split
- * @failed: some huge page could not be merged in this run of @work
- * @one_by_one: some could not in the last run, so merge each one apart from the others
+ * @retry_end: end of the huge pages that failed to merge together in this run
  *
  * The file's change_lock protects the bits.
  */
@@ -23,8 +22,7 @@ struct gmem_merge {
 	unsigned long *due;
 	unsigned long *later;
 	unsigned long nr_pages;
-	bool failed;
-	bool one_by_one;
+	unsigned long retry_end;
 };
 
 int kvm_gmem_merge_init(struct gmem_inode *gi);

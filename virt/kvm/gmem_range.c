@@ -9,16 +9,17 @@
  * Converting, freeing and populating memory is a change of a range.  A range
  * consists of whole pages of the file, i.e. of huge pages in a file of HugeTLB
  * pages.  Changes of one file take turns.  A change of much memory takes long,
- * and must disturb users of its own range only: faults of vCPUs and of the host,
- * and allocation by fallocate().
+ * and must disturb users of its own range only: faults of vCPUs and of the
+ * host, and allocation by fallocate().
  *
  * A user of a page locks it shared and then checks whether it is in the range
  * that changes.  If it is, the user drops the lock, waits for the end of the
  * change, and starts over.  The wait ends early if there is a signal.
  *
  * A change marks its range, and then locks the pages exclusively, for a moment,
- * to wait for users that had the lock before.  From then on no user has a page of
- * the range, or a reference to one, until the mark is gone.
+ * to wait for users that had the lock before.  From then on no user gets a page
+ * of the range until the mark is gone.  A fault of the host keeps its folio
+ * locked until it has mapped the page, see gmem_convert.c.
  *
  * The locks are hashed by index.  Pages in different locks share no cache line,
  * so that vCPUs do not contend for one.  A user of another page with the same
@@ -48,8 +49,8 @@
  * @queue: the tasks
  * @seq: number of changes that have ended
  *
- * Files share them by hash.  A waiting vCPU thus needs no reference to the file,
- * which would delay a close().
+ * Files share them by hash.  A waiting vCPU thus needs no reference to the
+ * file, which would delay a close().
  */
 struct gmem_waiters {
 	wait_queue_head_t queue;
@@ -114,8 +115,8 @@ static int kvm_gmem_range_drain(struct gmem_ranges *gr)
 
 /*
  * Begin to change the pages of the file in [@start, @end).  On success no other
- * task uses them until kvm_gmem_range_end_change().  Return -EINTR if the task is
- * being killed.
+ * task can lock them until kvm_gmem_range_end_change().  Return -EINTR if the
+ * task is being killed.
  */
 int kvm_gmem_range_begin_change(struct gmem_ranges *gr, pgoff_t start, pgoff_t end)
 {
@@ -123,13 +124,18 @@ int kvm_gmem_range_begin_change(struct gmem_ranges *gr, pgoff_t start, pgoff_t e
 
 	lockdep_assert_held(&gr->change_lock);
 
-	/* A task that makes one change after the other must not starve users. */
+	/*
+	 * A task that makes one change after the other must not starve users.
+	 */
 	if (READ_ONCE(gr->awaited)) {
 		usleep_range(GMEM_RANGE_PAUSE_US / 2, GMEM_RANGE_PAUSE_US);
 		WRITE_ONCE(gr->awaited, false);
 	}
 
-	/* A user that sees the start also sees what the last change has changed. */
+	/*
+	 * A user that sees the start also sees what the last change has
+	 * changed.
+	 */
 	smp_store_release(&gr->start, round_down(start, 1UL << gr->order));
 	/* A user that sees the end also sees the start. */
 	smp_store_release(&gr->end, round_up(end, 1UL << gr->order));
@@ -146,12 +152,14 @@ void kvm_gmem_range_end_change(struct gmem_ranges *gr)
 
 	lockdep_assert_held(&gr->change_lock);
 
-	/* A user that sees that there is no change also sees what has changed. */
+	/*
+	 * A user that sees that there is no change also sees what has changed.
+	 */
 	smp_store_release(&gr->end, 0);
 	/*
-	 * A user that sees the new number also sees that there is no change.  One
-	 * that does not see it before it sleeps has set @awaited: pairs with the
-	 * barrier in prepare_to_wait().
+	 * A user that sees the new number also sees that there is no change.
+	 * One that does not see it before it sleeps has set @awaited: pairs
+	 * with the barrier in prepare_to_wait().
 	 */
 	atomic_inc_return(&waiters->seq);
 	if (READ_ONCE(gr->awaited))
@@ -165,8 +173,8 @@ void kvm_gmem_range_end_change(struct gmem_ranges *gr)
 bool kvm_gmem_range_is_changing(struct gmem_ranges *gr, pgoff_t index)
 {
 	/*
-	 * Pairs with the releases at the beginning and at the end of a change.  A user
-	 * can see the end of one change and the start of the next.
+	 * Pairs with the releases at the beginning and at the end of a change.
+	 * A user can see the end of one change and the start of the next.
 	 */
 	return index < smp_load_acquire(&gr->end) && index >= smp_load_acquire(&gr->start);
 }
@@ -186,8 +194,8 @@ bool kvm_gmem_range_trylock(struct gmem_ranges *gr, pgoff_t index)
 
 /*
  * Lock the page at @index shared.  Return -EAGAIN if the page is changing, with
- * @wait set for kvm_gmem_range_wait(), or -EINTR if there is a signal that ends a
- * sleep in @state.
+ * @wait set for kvm_gmem_range_wait(), or -EINTR if there is a signal that ends
+ * a sleep in @state.
  */
 int kvm_gmem_range_lock(struct gmem_ranges *gr, pgoff_t index, unsigned int state,
 			struct gmem_wait *wait)
@@ -216,7 +224,10 @@ changing:
 	return -EAGAIN;
 }
 
-/* Return the index after the last page that kvm_gmem_range_lock() locks as well. */
+/*
+ * Return the index after the last page that kvm_gmem_range_lock() locks as
+ * well.
+ */
 pgoff_t kvm_gmem_range_lock_end(struct gmem_ranges *gr, pgoff_t index)
 {
 	pgoff_t size = 1UL << kvm_gmem_range_lock_order(gr);
@@ -235,9 +246,17 @@ void kvm_gmem_range_unlock(struct gmem_ranges *gr, pgoff_t index)
 	up_read(kvm_gmem_range_rwsem(gr, index));
 }
 
+/* Assert that the task has locked the page at @index, or makes a change. */
+void kvm_gmem_range_assert_held(struct gmem_ranges *gr, pgoff_t index)
+{
+	lockdep_assert(lockdep_is_held(kvm_gmem_range_rwsem(gr, index)) ||
+		       lockdep_is_held(&gr->change_lock));
+}
+
 /*
- * Wait until the change that kvm_gmem_range_lock() met has ended, or another one.
- * Return -EINTR if there is a signal that ends a sleep in @state.
+ * Wait until a change has ended: the one that kvm_gmem_range_lock() met, or one
+ * of a file that shares the wait queue.  Return -EINTR if there is a signal
+ * that ends a sleep in @state.
  */
 int kvm_gmem_range_wait(const struct gmem_wait *wait, unsigned int state)
 {

@@ -20,7 +20,8 @@ struct gmem_range_lock {
  * @order: order of the pages of the file
  * @start: index of the first page of the range, a multiple of the page size
  * @end: index after the last page of the range; 0 if there is no change
- * @awaited: a user waits for the end of the change, or has waited for the last one
+ * @awaited: a user waits for the end of the change, or has waited for the last
+ * 	 one
  * @locks: shared by the users of pages, see kvm_gmem_range_lock()
  */
 struct gmem_ranges {
@@ -57,6 +58,7 @@ int kvm_gmem_range_lock(struct gmem_ranges *gr, pgoff_t index, unsigned int stat
 pgoff_t kvm_gmem_range_lock_end(struct gmem_ranges *gr, pgoff_t index);
 bool kvm_gmem_range_is_contended(struct gmem_ranges *gr, pgoff_t index);
 void kvm_gmem_range_unlock(struct gmem_ranges *gr, pgoff_t index);
+void kvm_gmem_range_assert_held(struct gmem_ranges *gr, pgoff_t index);
 int kvm_gmem_range_wait(const struct gmem_wait *wait, unsigned int state);
 
 #endif /* __KVM_GMEM_RANGE_H__ */

@@ -392,6 +392,7 @@ TEST_F_TIMEOUT(gmem, punch_beyond_the_end_does_nothing, SLOW)
 	EXPECT_EQ(0, fallocate(fd, PUNCH_HOLE, self->size + self->page_size,
 			       self->page_size));
 	EXPECT_EQ(0, fallocate(fd, PUNCH_HOLE, 0, self->size + self->page_size));
+	EXPECT_EQ(0, fallocate(fd, PUNCH_HOLE, 0, round_down(LONG_MAX, self->page_size)));
 	hugetlb_expect(&self->before, 0, self->nr, "nothing to punch");
 	kvm_close(fd);
 }

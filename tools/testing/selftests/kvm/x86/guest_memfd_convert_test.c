@@ -1120,6 +1120,35 @@ TEST_F_TIMEOUT(convert, doors_are_shut_for_private_memory, SLOW)
 	kvm_munmap(to, size);
 }
 
+/* A conversion takes as long as the memory that is there. */
+TEST_F_TIMEOUT(convert, sparse_file, SLOW)
+{
+	const u64 size = 1ull << 62, last = size - SZ_4K;
+	struct convert_test *t = &self->t;
+	u64 value, *p;
+	int fd;
+
+	if (t->page_size != SZ_4K)
+		SKIP(return, "huge pages are reserved");
+
+	fd = vm_create_guest_memfd(t->vm, size, t->flags);
+	gmem_add_slot(t->vm, GMEM_SLOT + 1, OTHER_GPA, SZ_4K, fd, last);
+	p = __kvm_mmap(SZ_4K, PROT_READ | PROT_WRITE, MAP_SHARED, fd, last);
+
+	for (value = VALUE(1); value < VALUE(3); value += VALUE(1)) {
+		convert(fd, 0, size, SHARED);
+		WRITE_ONCE(*p, value);
+		convert(fd, 0, size, PRIVATE);
+		gmem_guest_do(t->vcpu, GMEM_CHECK, OTHER_GPA, 8, 8, value);
+		TEST_EXPECT_SIGBUS(READ_ONCE(*p));
+	}
+
+	kvm_fallocate(fd, PUNCH_HOLE, 0, size);
+	gmem_guest_do(t->vcpu, GMEM_CHECK_ZERO, OTHER_GPA, 8, 8, 0);
+	kvm_munmap(p, SZ_4K);
+	kvm_close(fd);
+}
+
 TEST_F(convert, nothing_is_beyond_the_file)
 {
 	gmem_expect_nothing_beyond(self->t.fd);
@@ -1386,5 +1415,6 @@ int main(int argc, char *argv[])
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM));
 
 	gmem_prepare_pools();
+	gmem_merge_at_once();
 	return test_harness_run(argc, argv);
 }

@@ -335,9 +335,15 @@ static void host_memslots(struct _test_data_disturb *self)
 	vm_set_user_memory_region(self->vm, GMEM_SLOT + 2, 0, UNUSED_GPA, 0, NULL);
 }
 
+/* Lock all of the address space of the process. */
+static void host_mmap(struct _test_data_disturb *self)
+{
+	kvm_munmap(kvm_mmap(SZ_4K, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1), SZ_4K);
+}
+
 /*
- * Access memory that KVM has not mapped yet, a page of the file at a time.  To unmap memory
- * from the host does so from the guest, but is only done when all is mapped: KVM regards MMU
+ * Access memory that KVM has not mapped yet, a page of the file at a time.  Unmapping from
+ * the host also unmaps from the guest, but is only done when all is mapped: KVM regards MMU
  * notifiers that run at the same time as one range, in which no guest can fault.
  */
 static void guest_fault(struct _test_data_disturb *self)
@@ -553,6 +559,16 @@ TEST_F_TIMEOUT(disturb, fallocate, SLOW)
 TEST_F_TIMEOUT(disturb, mincore, SLOW)
 {
 	expect_undisturbed(self, change_attributes, host_mincore);
+}
+
+/* A fault of the host that waits for the change does not hold mmap_lock. */
+TEST_F_TIMEOUT(disturb, mmap_lock, SLOW)
+{
+	if (variant->page_size == SZ_1G)
+		SKIP(return, "an access zeroes the page");
+
+	self->beside = host_access;
+	expect_undisturbed(self, change_contents, host_mmap);
 }
 
 /* An update of memslots waits for vCPUs, one of which waits for the change. */

@@ -467,5 +467,6 @@ TEST_F_TIMEOUT(fuse, direct_write_while_closed, SLOW)
 int main(int argc, char *argv[])
 {
 	gmem_prepare_pools();
+	gmem_merge_at_once();
 	return test_harness_run(argc, argv);
 }

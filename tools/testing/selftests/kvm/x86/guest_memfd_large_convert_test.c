@@ -306,5 +306,6 @@ int main(int argc, char *argv[])
 {
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM));
 
+	gmem_merge_at_once();
 	return test_harness_run(argc, argv);
 }

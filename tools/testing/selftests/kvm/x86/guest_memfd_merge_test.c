@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <sys/mman.h>
+#include <sys/mount.h>
 
 #include <linux/kvm.h>
 #include <linux/sizes.h>
@@ -22,8 +23,6 @@
 
 #define PRIVATE		KVM_MEMORY_ATTRIBUTE_PRIVATE
 #define SHARED		0
-
-#define DELAY_FILE	"/sys/module/kvm/parameters/gmem_merge_delay_ms"
 
 #define FAULT_INJECTION	"/sys/kernel/debug/"
 
@@ -78,7 +77,7 @@ static long vmemmap_pages(void)
 
 static void set_delay(long ms)
 {
-	write_number(DELAY_FILE, ms);
+	write_number(GMEM_MERGE_DELAY, ms);
 }
 
 static void create_file(struct _test_data_merge *self, size_t page_size)
@@ -100,7 +99,7 @@ FIXTURE_SETUP(merge)
 	if (!hugetlb_is_optimized())
 		SKIP(return, "the vmemmap of huge pages is not optimized");
 
-	TEST_ASSERT(read_number(DELAY_FILE, NULL, &self->delay), DELAY_FILE);
+	TEST_ASSERT(read_number(GMEM_MERGE_DELAY, NULL, &self->delay), GMEM_MERGE_DELAY);
 	hugetlb_get(variant->page_size, &self->counters);
 	self->size = variant->nr * variant->page_size;
 	self->vm = gmem_vm_create(1, vcpus);
@@ -252,7 +251,7 @@ TEST_F_TIMEOUT(merge, close, SLOW)
 	create_file(self, variant->page_size);
 }
 
-/* What is shared again meanwhile stays split, and the rest of the file is merged. */
+/* Keep a huge page split that is shared again, and merge the others. */
 TEST_F_TIMEOUT(merge, not_what_is_shared, SLOW)
 {
 	long whole = vmemmap_pages(), one;
@@ -354,7 +353,11 @@ TEST_F_TIMEOUT(merge, allocation_fails, SLOW)
 
 	if (access("/proc/self/fail-nth", W_OK))
 		SKIP(return, "needs CONFIG_FAILSLAB and CONFIG_FAIL_PAGE_ALLOC");
+	if (mount("none", GMEM_TRACING, "tracefs", 0, NULL) && errno != EBUSY)
+		SKIP(return, "needs CONFIG_FTRACE");
 
+	write_number(GMEM_TRACING "trace", 0);
+	write_number(GMEM_TRACING "events/kvm/kvm_gmem_merge/enable", 1);
 	set_up_fault_injection();
 	set_delay(SHORT_MS);
 	for (nth = 1; nth <= MAX_NTH; nth++) {
@@ -364,8 +367,10 @@ TEST_F_TIMEOUT(merge, allocation_fails, SLOW)
 		failed += stop_failures(nr, pids);
 		guest_check(self);
 	}
-	ksft_print_msg("%d allocations failed\n", failed);
-	TEST_ASSERT(failed, "No allocation has failed");
+	write_number(GMEM_TRACING "events/kvm/kvm_gmem_merge/enable", 0);
+	nr = gmem_traced("kvm_gmem_merge:", "result -12");
+	ksft_print_msg("%d allocations and %d merges failed\n", failed, nr);
+	TEST_ASSERT(nr, "No merge has failed");
 }
 
 int main(int argc, char *argv[])

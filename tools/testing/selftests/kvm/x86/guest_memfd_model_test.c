@@ -364,6 +364,7 @@ int main(int argc, char *argv[])
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM));
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES));
 	gmem_prepare_pools();
+	gmem_merge_at_once();
 	ksft_print_header();
 	ksft_set_plan(1);
 	if (gmem_unavailable(page_size))

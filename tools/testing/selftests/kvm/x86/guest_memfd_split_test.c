@@ -203,50 +203,34 @@ static void convert_in_parts(struct split_test *t, u64 offset, u64 attributes)
 	check(t);
 }
 
-#define TRACING	"/sys/kernel/tracing/"
-
-/* Return the number of lines in the trace that contain both strings. */
-static int traced(const char *event, const char *what)
-{
-	FILE *file = fopen(TRACING "trace", "r");
-	char line[512];
-	int nr = 0;
-
-	TEST_ASSERT(file, "Can't open the trace");
-	while (fgets(line, sizeof(line), file))
-		nr += strstr(line, event) && strstr(line, what);
-	fclose(file);
-	return nr;
-}
-
 /* Tracepoints explain why a guest has small mappings. */
 TEST_F_TIMEOUT(split, tracing, SLOW)
 {
 	struct split_test *t = &self->t;
 	bool is_1g = t->page_size == SZ_1G;
 
-	if (mount("none", TRACING, "tracefs", 0, NULL) && errno != EBUSY)
+	if (mount("none", GMEM_TRACING, "tracefs", 0, NULL) && errno != EBUSY)
 		SKIP(return, "needs CONFIG_FTRACE");
 
 	convert(t, 0, t->size, PRIVATE);
 	guest_write_all(t);
-	write_number(TRACING "events/guestmem/enable", 1);
-	write_number(TRACING "events/kvm/kvm_gmem_convert/enable", 1);
+	write_number(GMEM_TRACING "events/guestmem/enable", 1);
+	write_number(GMEM_TRACING "events/kvm/kvm_gmem_convert/enable", 1);
 	convert(t, SZ_4K, SZ_4K, SHARED);
 	convert(t, SZ_4K, SZ_4K, SHARED);
 	convert(t, SZ_4K, SZ_4K, PRIVATE);
-	write_number(TRACING "events/guestmem/enable", 0);
-	write_number(TRACING "events/kvm/kvm_gmem_convert/enable", 0);
+	write_number(GMEM_TRACING "events/guestmem/enable", 0);
+	write_number(GMEM_TRACING "events/kvm/kvm_gmem_convert/enable", 0);
 
-	EXPECT_EQ(3, traced("kvm_gmem_convert:", "index 0x1 -- 0x2"));
-	EXPECT_EQ(2, traced("kvm_gmem_convert:", "result 0"));
-	EXPECT_EQ(1, traced("kvm_gmem_convert:", "result -114"));
-	EXPECT_EQ(1 + is_1g, traced("guestmem_split:", "index 0x0 "));
-	EXPECT_EQ(is_1g, traced("guestmem_split:", "order 18 to 9"));
-	EXPECT_EQ(1, traced("guestmem_split:", "order 9 to 0"));
-	EXPECT_EQ(1, traced("guestmem_merge:", "index 0x0 "));
-	EXPECT_EQ(1, traced("guestmem_merge:", is_1g ? "order 9 to 18" : "order 0 to 9"));
-	write_number(TRACING "trace", 0);
+	EXPECT_EQ(3, gmem_traced("kvm_gmem_convert:", "index 0x1 -- 0x2"));
+	EXPECT_EQ(2, gmem_traced("kvm_gmem_convert:", "result 0"));
+	EXPECT_EQ(1, gmem_traced("kvm_gmem_convert:", "result -114"));
+	EXPECT_EQ(1 + is_1g, gmem_traced("guestmem_split:", "index 0x0 "));
+	EXPECT_EQ(is_1g, gmem_traced("guestmem_split:", "order 18 to 9"));
+	EXPECT_EQ(1, gmem_traced("guestmem_split:", "order 9 to 0"));
+	EXPECT_EQ(1, gmem_traced("guestmem_merge:", "index 0x0 "));
+	EXPECT_EQ(1, gmem_traced("guestmem_merge:", is_1g ? "order 9 to 18" : "order 0 to 9"));
+	write_number(GMEM_TRACING "trace", 0);
 }
 
 /* Split and merge part by part, then merge all parts at once. */
@@ -804,5 +788,6 @@ int main(int argc, char *argv[])
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM));
 
 	gmem_prepare_pools();
+	gmem_merge_at_once();
 	return test_harness_run(argc, argv);
 }

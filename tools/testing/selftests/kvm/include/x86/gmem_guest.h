@@ -124,6 +124,14 @@ const char *gmem_conversion_unavailable(void);
 /* Return the pfn of the page that this process has mapped at @p, or 0. */
 u64 gmem_host_pfn(const void *p);
 
+/* Merge huge pages in the conversion that allows it, until the test ends. */
+#define GMEM_MERGE_DELAY	"/sys/module/kvm/parameters/gmem_merge_delay_ms"
+void gmem_merge_at_once(void);
+
+/* Return the number of lines in the trace that contain both strings. */
+#define GMEM_TRACING	"/sys/kernel/tracing/"
+int gmem_traced(const char *event, const char *what);
+
 /*
  * Inject a memory error into a page, and remove it after the page has left its
  * file.  gmem_poison() and gmem_unpoison() return 0 or an errno.

@@ -311,6 +311,37 @@ static int write_pfn(const char *path, u64 pfn)
 	return r;
 }
 
+static long merge_delay;
+static pid_t merge_delay_read_by;
+
+static void restore_merge_delay(void)
+{
+	/* Children inherit the handler. */
+	if (getpid() == merge_delay_read_by)
+		write_number(GMEM_MERGE_DELAY, merge_delay);
+}
+
+void gmem_merge_at_once(void)
+{
+	TEST_ASSERT(read_number(GMEM_MERGE_DELAY, NULL, &merge_delay), GMEM_MERGE_DELAY);
+	merge_delay_read_by = getpid();
+	atexit(restore_merge_delay);
+	write_number(GMEM_MERGE_DELAY, 0);
+}
+
+int gmem_traced(const char *event, const char *what)
+{
+	FILE *file = fopen(GMEM_TRACING "trace", "r");
+	char line[512];
+	int nr = 0;
+
+	TEST_ASSERT(file, "Can't open the trace");
+	while (fgets(line, sizeof(line), file))
+		nr += strstr(line, event) && strstr(line, what);
+	fclose(file);
+	return nr;
+}
+
 bool gmem_can_poison(void)
 {
 	return !access(HWPOISON "/corrupt-pfn", W_OK) &&
