@@ -375,8 +375,9 @@ static int __init gmem_convert_init(void)
 	if (ret)
 		return ret;
 	for (i = 0; i < nr_chunks; i++) {
-		pr_notice("%lu MiB at gpa %#llx\n", chunks[i].nr / (SZ_1M / PAGE_SIZE),
-			  chunks[i].gpa);
+		pr_notice("%lu MiB at gpa %#llx, address %#lx\n",
+			  chunks[i].nr / (SZ_1M / PAGE_SIZE), chunks[i].gpa,
+			  (unsigned long)chunks[i].mem);
 		fill(&chunks[i], 0, chunks[i].nr);
 	}
 	ret = convert_all(true);

@@ -204,8 +204,8 @@ static int map_region(const struct region *region, int fd)
 	m->region_start = m->start + (region->offset - start);
 	nr_mappings++;
 
-	printf("region: guest 0x%llx, %llu KiB, pages of %llu KiB, %s\n",
-	       region->guest_addr, region->size >> 10, page_size >> 10,
+	printf("region: guest %#llx, %llu KiB, offset %#llx, pages of %llu KiB, %s\n",
+	       region->guest_addr, region->size >> 10, region->offset, page_size >> 10,
 	       statfs.f_type == GUEST_MEMFD_MAGIC ?
 	       "guest_memfd" : "not guest_memfd");
 	return 0;
