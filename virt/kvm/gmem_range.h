@@ -21,7 +21,7 @@ struct gmem_range_lock {
  * @start: index of the first page of the range, a multiple of the page size
  * @end: index after the last page of the range; 0 if there is no change
  * @awaited: a user waits for the end of the change, or has waited for the last
- * 	 one
+ *	   one
  * @locks: shared by the users of pages, see kvm_gmem_range_lock()
  */
 struct gmem_ranges {
