@@ -178,6 +178,7 @@ static int kvm_gmem_convert_walk_folios(struct gmem_conversion *c, pgoff_t index
 	folio_batch_init(&fbatch);
 	while (!r && index < end) {
 		last = end - 1;
+		/* A file of base pages has no placeholders, but can have huge holes. */
 		if (GMEM_I(c->inode)->allocator.order)
 			last = min(last, index + GMEM_CONVERT_NR_PAGES - 1);
 		filemap_get_folios(mapping, &index, last, &fbatch);
@@ -375,9 +376,7 @@ static int kvm_gmem_convert_prepare(struct gmem_conversion *c)
 	return kvm_gmem_convert_split_folios(c);
 }
 
-/*
- * Folios are never larger than the attributes allow: split first, merge last.
- */
+/* Folios are never larger than attributes allow: split first, merge last. */
 static void kvm_gmem_convert_commit(struct gmem_conversion *c)
 {
 	struct gmem_inode *gi = GMEM_I(c->inode);

@@ -70,7 +70,7 @@ static int kvm_gmem_merge_pages(struct gmem_inode *gi, pgoff_t start, pgoff_t en
 	return r;
 }
 
-/* Retry a failed merge after a second if there is no delay. */
+/* Without a delay the worker only repeats what failed, a second later. */
 static void kvm_gmem_merge_queue(struct gmem_inode *gi)
 {
 	unsigned int delay_ms = READ_ONCE(gmem_merge_delay_ms) ?: MSEC_PER_SEC;
@@ -78,10 +78,7 @@ static void kvm_gmem_merge_queue(struct gmem_inode *gi)
 	queue_delayed_work(system_dfl_wq, &gi->merge.work, msecs_to_jiffies(delay_ms));
 }
 
-/*
- * Merge a few consecutive huge pages that are due, and return whether there are
- * any.
- */
+/* Merge consecutive huge pages that are due.  Return false if none is. */
 static bool kvm_gmem_merge_next(struct gmem_inode *gi)
 {
 	unsigned int order = gi->allocator.order;
@@ -110,10 +107,7 @@ static bool kvm_gmem_merge_next(struct gmem_inode *gi)
 
 	trace_kvm_gmem_merge(gi->vfs_inode.i_ino, first << order, end << order, r);
 	if (r && end - first > 1) {
-		/*
-		 * One page that is in use must not keep others split: retry
-		 * each alone.
-		 */
+		/* A page in use must not keep others split: retry each. */
 		bitmap_set(gg->due, first, end - first);
 		gg->retry_end = end;
 	} else if (r) {

@@ -124,18 +124,13 @@ int kvm_gmem_range_begin_change(struct gmem_ranges *gr, pgoff_t start, pgoff_t e
 
 	lockdep_assert_held(&gr->change_lock);
 
-	/*
-	 * A task that makes one change after the other must not starve users.
-	 */
+	/* A task that makes many changes must not starve users. */
 	if (READ_ONCE(gr->awaited)) {
 		usleep_range(GMEM_RANGE_PAUSE_US / 2, GMEM_RANGE_PAUSE_US);
 		WRITE_ONCE(gr->awaited, false);
 	}
 
-	/*
-	 * A user that sees the start also sees what the last change has
-	 * changed.
-	 */
+	/* A user that sees the start also sees what changed last. */
 	smp_store_release(&gr->start, round_down(start, 1UL << gr->order));
 	/* A user that sees the end also sees the start. */
 	smp_store_release(&gr->end, round_up(end, 1UL << gr->order));
@@ -152,9 +147,7 @@ void kvm_gmem_range_end_change(struct gmem_ranges *gr)
 
 	lockdep_assert_held(&gr->change_lock);
 
-	/*
-	 * A user that sees that there is no change also sees what has changed.
-	 */
+	/* A user that sees the end of a change also sees its effects. */
 	smp_store_release(&gr->end, 0);
 	/*
 	 * A user that sees the new number also sees that there is no change.
@@ -224,10 +217,7 @@ changing:
 	return -EAGAIN;
 }
 
-/*
- * Return the index after the last page that kvm_gmem_range_lock() locks as
- * well.
- */
+/* Return the index after the last page with the same lock as @index. */
 pgoff_t kvm_gmem_range_lock_end(struct gmem_ranges *gr, pgoff_t index)
 {
 	pgoff_t size = 1UL << kvm_gmem_range_lock_order(gr);
@@ -246,11 +236,9 @@ void kvm_gmem_range_unlock(struct gmem_ranges *gr, pgoff_t index)
 	up_read(kvm_gmem_range_rwsem(gr, index));
 }
 
-/* Assert that the task has locked the page at @index, or makes a change. */
-void kvm_gmem_range_assert_held(struct gmem_ranges *gr, pgoff_t index)
+void kvm_gmem_range_assert_locked(struct gmem_ranges *gr, pgoff_t index)
 {
-	lockdep_assert(lockdep_is_held(kvm_gmem_range_rwsem(gr, index)) ||
-		       lockdep_is_held(&gr->change_lock));
+	lockdep_assert_held_read(kvm_gmem_range_rwsem(gr, index));
 }
 
 /*

@@ -58,7 +58,7 @@ int kvm_gmem_range_lock(struct gmem_ranges *gr, pgoff_t index, unsigned int stat
 pgoff_t kvm_gmem_range_lock_end(struct gmem_ranges *gr, pgoff_t index);
 bool kvm_gmem_range_is_contended(struct gmem_ranges *gr, pgoff_t index);
 void kvm_gmem_range_unlock(struct gmem_ranges *gr, pgoff_t index);
-void kvm_gmem_range_assert_held(struct gmem_ranges *gr, pgoff_t index);
+void kvm_gmem_range_assert_locked(struct gmem_ranges *gr, pgoff_t index);
 int kvm_gmem_range_wait(const struct gmem_wait *wait, unsigned int state);
 
 #endif /* __KVM_GMEM_RANGE_H__ */

@@ -371,6 +371,11 @@ TEST_F_TIMEOUT(merge, allocation_fails, SLOW)
 	nr = gmem_traced("kvm_gmem_merge:", "result -12");
 	ksft_print_msg("%d allocations and %d merges failed\n", failed, nr);
 	TEST_ASSERT(nr, "No merge has failed");
+	/* The huge pages of a merge that failed are merged one by one. */
+	if (variant->nr > 1)
+		TEST_ASSERT(gmem_traced("kvm_gmem_merge:", "index 0x200 -- 0x400 result 0"),
+			    "The second huge page was not merged alone");
+	write_number(GMEM_TRACING "trace", 0);
 }
 
 int main(int argc, char *argv[])
