@@ -16,6 +16,9 @@
  * check_contents=0, for a VMM with two backings, the pattern is checked before a
  * conversion and written again after it.
  *
+ * A conversion must not change other pages, either.  Those that share a 2 MiB page with
+ * the range are checked each time, and all pages of the thread now and then.
+ *
  * Each thread has its own part of each chunk, so it does not depend on the state of
  * pages of other threads.  The parts meet within a page of the host, so that two
  * threads convert ranges of the same page.
@@ -36,7 +39,10 @@
 
 #define MAX_CHUNKS	64
 #define MAX_THREADS	8
-#define SMALLEST_CHUNK	(SZ_2M / PAGE_SIZE)
+#define LARGE_PAGE	(SZ_2M / PAGE_SIZE)
+#define SMALLEST_CHUNK	LARGE_PAGE
+/* Reading 512 MiB takes about as long as 20 conversions. */
+#define CONVERSIONS_PER_CHECK	32
 /* Fail if the host uses a page for longer than this. */
 #define RETRY_SECONDS	20
 #define ERRORS_TOLD	10
@@ -196,6 +202,18 @@ static void pick_range(struct worker *worker, unsigned long size, unsigned long 
 	}
 }
 
+/* The thread owns the pages of @c from @begin to @end, and has just converted @nr of them. */
+static void check_others(struct worker *worker, const struct chunk *c, unsigned long begin,
+			 unsigned long end, unsigned long start, unsigned long nr)
+{
+	if (worker->conversions % CONVERSIONS_PER_CHECK) {
+		begin = max(begin, round_down(start, LARGE_PAGE));
+		end = min(end, round_up(start + nr, LARGE_PAGE));
+	}
+	check(c, begin, start - begin, "after a conversion behind it");
+	check(c, start + nr, end - start - nr, "after a conversion before it");
+}
+
 static int work(void *data)
 {
 	struct worker *worker = data;
@@ -212,6 +230,7 @@ static int work(void *data)
 				       !pages[c->first + start].private) &&
 		    prandom_u32_state(&worker->rnd) % 4 == 0)
 			fill(c, start, nr);
+		check_others(worker, c, begin, end, start, nr);
 		cond_resched();
 	}
 	return 0;
