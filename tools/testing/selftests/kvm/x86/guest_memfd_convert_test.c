@@ -625,7 +625,7 @@ TEST_F_TIMEOUT(convert, memory_error, SLOW)
 	const u64 hole = huge ? 0 : SZ_4K, size = self->t.page_size;
 	u64 values[NR_PAGES] = { VALUE(0), VALUE(1), VALUE(2), VALUE(3) }, pfn;
 	struct stat st;
-	long faults, lost;
+	long mapped, lost;
 	int i, j;
 
 	if (!gmem_can_poison())
@@ -645,14 +645,14 @@ TEST_F_TIMEOUT(convert, memory_error, SLOW)
 
 	EXPECT_EQ(-EHWPOISON, gmem_read_until_error(self->t.victim, page_gpa(&self->t, 1)));
 	/* Neighbors must stay mapped, except in the 2 MiB block that has the page. */
-	faults = vcpu_get_stat(self->t.vcpu, pf_taken);
+	mapped = vcpu_get_stat(self->t.vcpu, pf_fixed);
 	for (i = 0; i < NR_PAGES; i++) {
 		if (i != 1)
 			guest_check(&self->t, i, values[i]);
 	}
 	/* A 1 GiB page that is shared as a whole had a single mapping. */
 	lost = huge + (variant->page_size == SZ_1G && !variant->attributes);
-	EXPECT_EQ(faults + lost, vcpu_get_stat(self->t.vcpu, pf_taken));
+	EXPECT_EQ(mapped + lost, vcpu_get_stat(self->t.vcpu, pf_fixed));
 
 	/* The page can be converted like any other, and a new one does not replace it. */
 	for (j = 0; j < 4; j++) {
